@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -199,6 +200,20 @@ def test_wrong_values(capsys, crops, tmp_path):
     assert "not available" in fails(capsys, *common, "--device", "tpu7")
     assert "expected one argument" in fails(capsys, *common, "--vocab-size")
     assert "unexpected argument 'extra'" in fails(capsys, "check", "recipe.yaml", "extra")
+
+
+def test_a_folder_of_another_version_says_so(capsys, run_dir, tmp_path):
+    """Its config.yaml has an option, here of a section, that this version does not know."""
+    recipe = yaml.safe_load((run_dir / "config.yaml").read_text())
+    state = RunState.read(run_dir)
+    for versions, told in (({"mapet": "0.0.3"}, True), ({}, False), (state.versions, False)):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | {"old_option": 1}))
+        state.model_copy(update={"versions": versions}).write(tmp_path)
+        line = fails(capsys, "pretrain", tmp_path / "config.yaml", "--resume")
+        assert "unknown option 'old_option'" in line
+        assert (f"mapet 0.0.3 wrote {tmp_path}" in line and "resume it with that version" in line) == told
+    (tmp_path / "run.json").write_text("[]")
+    assert "mapet 0.0.3" not in fails(capsys, "pretrain", tmp_path / "config.yaml", "--resume")
 
 
 def test_scratch_file(capsys, crops, tmp_path, monkeypatch):

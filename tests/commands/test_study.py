@@ -245,14 +245,20 @@ def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
 
 def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
     """It was pre-trained for hours, perhaps, and then there were fewer labels than were asked for. One name that varies is compared."""
+    lines = few_digits.read_text().splitlines()
+    test_images = few_digits.parent / "imbalanced.txt"
+    imbalanced = [line for number, line in enumerate(lines) if line.startswith(lines[0].split("/")[0]) or number % 2]
+    test_images.write_text("".join(f"{line}\n" for line in imbalanced))
     options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, grid={"lr": [1e-3]})
+    options["test_images"] = str(test_images)
     mapet.study(**options)
     (folder,) = (tmp_path / "study" / "trials").iterdir()
     state = RunState.read(folder)
     state.model_copy(update={"status": "interrupted", "results": {}}).write(folder)
     weights = (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     mapet.study(**options | {"labels_per_class": [3]})
-    assert "finetune, 3 labels a class" in RunState.read(folder).results["scores"]
+    scores, name = RunState.read(folder).results["scores"], "finetune, 3 labels a class"
+    assert list(scores)[-3:] == [f"{name}, balanced accuracy", f"{name}, AUROC", name]
     assert weights == (folder / "pretrain" / "backbone" / "model.safetensors").stat().st_mtime_ns
     with refused("labels_per_class", [3], [4]):
         mapet.study(**options | {"labels_per_class": [4]})

@@ -140,13 +140,15 @@ def test_what_is_planned(run_dir, few_digits, caplog):
 
     image_controls = ["raw pixels", "HOG features", "k-means patch features"]
     assert plan() == [*image_controls, f"random:{run_dir}", f"teacher of {run_dir}", f"tokens of {run_dir}"]
-    assert plan(controls="none") == plan(("few-shot",)) == []
+    assert plan(controls="none") == plan(("feature-rank",)) == []
+    assert plan(("few-shot",)) == plan(("linear-sgd",)) == plan()
+    assert plan(("attentive",)) == [f"random:{run_dir}"]  # the others have no patch tokens
     assert plan(controls=("untrained", "hog")) == ["HOG features", f"random:{run_dir}"]
     untrained = BackboneWrapper.load(f"random:{run_dir}", CPU)
     assert plan(backbones=[untrained, *backbones], controls="untrained") == []
     assert plan(backbones=[*backbones, untrained], controls="untrained") == []
     with refused(field="controls", value=("hog",)):
-        plan(("few-shot",), controls="hog")
+        plan(("attentive",), controls="hog")
     with refused("tokens", field="controls", value=("tokens",)):
         plan(backbones=[untrained], controls="tokens")
     with refused("none", "hog"):

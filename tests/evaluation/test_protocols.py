@@ -198,6 +198,14 @@ def test_agreement_of_known_partitions():
     assert clustering_scores(np.array([0, 1] * 4), labels)["nmi"] == pytest.approx(0, abs=1e-12)
 
 
+def test_clusters_of_imbalanced_images_have_the_balanced_accuracy_first():
+    """Nine images of a class, one of another: one cluster has 5 and 0, the other 4 and 1."""
+    labels = np.array([0] * 9 + [1])
+    scores = clustering_scores(np.array([0] * 5 + [1] * 5), labels)
+    assert list(scores)[:2] == ["balanced_accuracy", "accuracy"]
+    assert scores["balanced_accuracy"] == pytest.approx((5 / 9 + 1) / 2) and scores["accuracy"] == pytest.approx(0.6)
+
+
 def test_clusters_of_two_clouds():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 2

@@ -1,6 +1,6 @@
 """Metrics of visual tokens against cases whose answer is known, and the warnings they give rise to."""
 
-from math import log2
+from math import log2, sqrt
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +25,7 @@ from mapet.evaluation.token_metrics import (
     position_information,
     token_warnings,
 )
-from mapet.reports.evaluation import render_tokenizer_report
+from mapet.reports.evaluation import format_token_metrics, render_tokenizer_report
 from mapet.tokenizers.tokenizer import load_tokenizer
 from tests.refused import refused
 
@@ -130,9 +130,29 @@ def test_bags():
     assert abs(poor.accuracy - 0.25) < 0.2
     # Tokens of their own in each image leave nothing to train on; tokens new in the test set are omitted.
     own = bag_of_tokens_probe(torch.arange(400 * 16).view(400, 4, 4), labels, test, 400 * 16)
-    assert own.accuracy == own.chance
+    assert own.balanced_accuracy == own.chance  # the test images are imbalanced
     new = torch.where(test[:, None, None] & (tokens == 5), 64, tokens)
     assert bag_of_tokens_probe(new, labels, test, 65).accuracy > 0.85
+
+
+def test_the_bag_of_imbalanced_images_is_judged_by_the_balanced_accuracy():
+    """Tokens that say nothing of two classes of unequal size: the accuracy is high, the balanced accuracy at chance."""
+    tokens, labels, test = textures()
+    assert bag_of_tokens_probe(tokens, torch.arange(400) % 4, torch.arange(400) < 80, 64).balanced_accuracy is None
+    rare = (labels == 0) & (torch.arange(400) % 5 < 2)
+    good = bag_of_tokens_probe(tokens, rare.long(), test, 64)
+    poor = bag_of_tokens_probe(
+        tokens[torch.randperm(400, generator=torch.Generator().manual_seed(0))], rare.long(), test, 64
+    )
+    assert good.chance == poor.chance == 0.5 and good.balanced_accuracy <= good.accuracy
+    counts = [int((test & (rare == value)).sum()) for value in (False, True)]
+    assert poor.error == pytest.approx(sqrt(sum(0.25 / count for count in counts)) / 2)
+    assert poor.accuracy > 0.7 and abs(poor.balanced_accuracy - 0.5) < 3 * poor.error
+    metrics = compute_token_metrics(tokens[torch.randperm(400)], 64, {}, rare.long(), test)
+    assert any(
+        "balanced accuracy" in warning and "no better than chance" in warning for warning in token_warnings(metrics)
+    )
+    assert "balanced accuracy" in format_token_metrics(metrics)["bag-of-tokens probe"]
 
 
 def test_nearest_codes():

@@ -22,12 +22,12 @@ from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option, pluralize
 from mapet.evaluation.controls import (
-    CONTROL_PROTOCOLS,
     Verdict,
     compare_with_controls,
     mark_controls,
     options_for,
     plan_controls,
+    protocols_for,
 )  # fmt: skip
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
@@ -106,7 +106,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
                     continue
                 context.options = options_for(backbone.model, config)
                 if (num_bytes := 4 * len(data.train) * context.num_features) <= memory:
-                    _run_protocols([each for each in names if each in CONTROL_PROTOCOLS], context, results, info)
+                    _run_protocols(protocols_for(backbone.model, names), context, results, info)
                 else:
                     found = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
                     log.warning("control %s is skipped: its features of the training images take %s", name, found)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
@@ -18,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mapet.errors import MapetError, did_you_mean, option, spell_as_flags, spell_in_section
-from mapet.files import write_text
+from mapet.files import RUN_FILE, read_json, write_text
 
 MAX_INT = 2**63 - 1
 """Largest whole number of an option: that of 64 bits."""
@@ -129,6 +130,8 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
         lists = {problem["loc"][:-1] for problem in found if len(problem["loc"]) > 1}
         problems = [problem for problem in found if problem["loc"] not in lists]
         text = "; ".join(dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems))
+        if path is not None and any(problem["type"] == "extra_forbidden" for problem in problems):
+            text += _version_hint(path)
         field, value = _field(problems[0]) or None, problems[0]["input"]
         raise MapetError(text, field=field, value=value, expected=_expected(problems[0])) from None
 
@@ -174,6 +177,20 @@ EXPECTED = {
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"), **dict.fromkeys(("dict_type", "model_type"), "must be a mapping"),
 }  # fmt: skip
 """Type of a pydantic error -> what the value must be; the fields in braces are keys of the error's `ctx`."""
+
+
+def _version_hint(path: Path) -> str:
+    """Return that another version of mapet wrote the folder of a config, by the run.json in it, and what to do; '' if none did."""
+    try:
+        found = read_json(path.with_name(RUN_FILE), "run state")["versions"]["mapet"]
+    except (MapetError, KeyError, TypeError):  # there is none, or it is damaged
+        return ""
+    if found == (present := version("mapet")):
+        return ""
+    fix = (
+        "resume it with that version, or start a new run in another folder by a copy of the file without these options"
+    )
+    return f": mapet {found} wrote {path.parent}, this is mapet {present}: {fix}"
 
 
 def _field(problem: ErrorDetails) -> str:

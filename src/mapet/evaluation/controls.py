@@ -34,8 +34,10 @@ from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer
 
 log = logging.getLogger("mapet")
 
-CONTROL_PROTOCOLS = ("logistic", "knn")
-"""Protocols that controls are evaluated by."""
+CONTROL_PROTOCOLS = ("logistic", "knn", "linear-sgd", "few-shot")
+"""Protocols that controls are evaluated by. The untrained network, which has patch tokens, is evaluated by 'attentive', too."""
+VERDICT_ROWS = ("logistic", "knn")
+"""Accuracies by which a backbone is compared with the best control."""
 MAX_RAW_SIDE, MAX_KMEANS_SIDE = 32, 64
 """Pixels of the longer side that images are shrunk to, if they are larger, for raw pixels and for k-means patch features."""
 HOG_BINS, HOG_CELL, MIN_HOG_CELLS = 9, 8, 4
@@ -196,7 +198,8 @@ def plan_controls(
     Args:
         config: options of `evaluate`; `controls`, `backbone`, `layers`, `seed` and `trust_teacher` are used. With `controls` 'auto' a
             control that cannot be made is omitted; one that is named is an error.
-        protocols: names of the protocols that are run; without one of `CONTROL_PROTOCOLS` there are no controls.
+        protocols: names of the protocols that are run; without one of `CONTROL_PROTOCOLS` there are no controls, but for 'attentive' the
+            untrained network.
         train: labeled training images, which k-means patch features are fitted to.
         backbones: loaded backbones of the option `backbone`, in its order; each is used before the next is requested, so it may be freed.
 
@@ -205,17 +208,18 @@ def plan_controls(
         order in which controls are evaluated.
 
     Raises:
-        MapetError: a backbone lacks a layer of `layers`; controls are named, but none of `CONTROL_PROTOCOLS` is run; or 'teacher' or
+        MapetError: a backbone lacks a layer of `layers`; controls are named, but no protocol for them is run; or 'teacher' or
             'tokens' is named, but a tokenizer cannot be loaded, or no backbone belongs to a run with one.
     """
     is_auto = config.controls == ("auto",)
     asked = {*IMAGE_CONTROLS, "untrained", "teacher", "tokens"} if is_auto else {*config.controls} - {"none"}
     if not {*protocols} & {*CONTROL_PROTOCOLS}:
-        if asked and not is_auto:
-            wrong = f"{option('controls', *config.controls)} are evaluated by the protocols {' and '.join(CONTROL_PROTOCOLS)} alone"
+        possible = asked & {"untrained"} if "attentive" in protocols else set()
+        if asked != possible and not is_auto:
+            wrong = f"{option('controls', *config.controls)} are evaluated by {', '.join(CONTROL_PROTOCOLS)} (untrained also by attentive) alone"
             fix = f"add one to {option('protocols')} and give labeled images, or omit {option('controls')}"
-            raise MapetError(f"{wrong}, and neither is run: {fix}", field="controls", value=config.controls)
-        asked = set()
+            raise MapetError(f"{wrong}, and none of them is run: {fix}", field="controls", value=config.controls)
+        asked = possible
     loaders: dict[str, Loader] = {}
     seen: set[object] = set()  # architectures (tuples) and hashes of tokenizers (text) of the backbones so far
     for backbone in backbones:
@@ -233,18 +237,15 @@ def plan_controls(
         seen.add(architecture)
         if not asked & {"teacher", "tokens"}:
             continue
+        # Loaded here to see whether it can be, and again when its control is evaluated: large teachers would fill the memory until then.
         tokenizer = _load_tokenizer(backbone.name, config.trust_teacher, is_auto)
         if tokenizer is None or tokenizer.hash in seen:
             continue
         seen.add(tokenizer.hash)
-        teacher = tokenizer.to(compute.device).teacher
-        assert teacher is not None  # `load_tokenizer` makes it unless told not to
-        arguments = compute, teacher.image_size, teacher.settings["channels"]
-        models = {"teacher": TeacherFeatures(teacher), "tokens": TokenBag(tokenizer)}
-        for name, model in models.items():
+        for name in ("teacher", "tokens"):
             if name in asked:
                 title = f"{name} of {backbone.name}"
-                loaders[title] = partial(_wrap, title, model, *arguments)
+                loaders[title] = partial(_tokenizer_control, name, title, backbone.name, compute, config.trust_teacher)
     if not is_auto and asked & {"teacher", "tokens"} and not any(isinstance(item, str) for item in seen):
         wrong = f"{option('controls', *config.controls)}: none of {option('backbone', *config.backbone)} is a run with a tokenizer"
         raise MapetError(f"{wrong}: add one, or omit teacher and tokens", field="controls", value=config.controls)
@@ -256,6 +257,12 @@ def options_for(model: nn.Module, config: EvaluateConfig) -> EvaluateConfig:
     if not isinstance(model, Control):
         return config
     return config.model_copy(update={"layers": (-1,), "pool": "mean" if config.pool == "cls" else config.pool})
+
+
+def protocols_for(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of the protocols by which a control is evaluated: `CONTROL_PROTOCOLS`, and 'attentive' if it is a network."""
+    allowed = {*CONTROL_PROTOCOLS, *([] if isinstance(model, Control) else ["attentive"])}
+    return [name for name in names if name in allowed]
 
 
 def _wrap(
@@ -296,6 +303,29 @@ def _image_control(
         pixels = (control.normalize(images) for _, images in views)
         control.model = KMeansPatches(pixels, -(-NUM_FIT_PATCHES // len(sample)))
     return control
+
+
+def _tokenizer_control(
+    name: str, title: str, source: str, compute: ComputeContext, trusted_teacher: str | None
+) -> BackboneWrapper:
+    """Load the features of a run's teacher, or the bag of its tokens.
+
+    Args:
+        name: 'teacher' or 'tokens'.
+        title: of the control in tables.
+        source: value of the option `backbone`, which has a tokenizer, see `_load_tokenizer`.
+        compute: device, in float32.
+        trusted_teacher: name of the user's own teacher code that may run, or None.
+
+    Raises:
+        MapetError: the tokenizer cannot be loaded.
+    """
+    tokenizer = _load_tokenizer(source, trusted_teacher, may_fail=False)
+    assert tokenizer is not None  # `plan_controls` has loaded it before
+    teacher = tokenizer.to(compute.device).teacher
+    assert teacher is not None
+    model = TeacherFeatures(teacher) if name == "teacher" else TokenBag(tokenizer)
+    return _wrap(title, model, compute, teacher.image_size, teacher.settings["channels"])
 
 
 def _load_tokenizer(source: str, trusted_teacher: str | None, may_fail: bool) -> Tokenizer | None:
@@ -382,7 +412,7 @@ def mark_controls(results: Results, config: EvaluateConfig) -> Results:
 
 
 def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verdict]:
-    """Compare each backbone with the best control by `CONTROL_PROTOCOLS`: by accuracy, on imbalanced test images by balanced accuracy.
+    """Compare each backbone with the best control by `VERDICT_ROWS`: by accuracy, on imbalanced test images by balanced accuracy.
 
     Args:
         results: of all backbones and controls. `ProtocolResult.correct` has for each accuracy (whether each test image is classified
@@ -390,13 +420,13 @@ def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verd
         config: options of `evaluate`; its `backbone` tells which names are controls.
 
     Returns:
-        A verdict for each backbone and protocol of those that both have; [] without controls.
+        A verdict for each backbone and accuracy of those that both have; [] without controls.
     """
     all_correct = {
         name: {k: v for each in own.values() for k, v in each.correct.items()} for name, own in results.items()
     }
     verdicts = []
-    for backbone, row in [(name, row) for name, own in all_correct.items() for row in own if row in CONTROL_PROTOCOLS]:
+    for backbone, row in [(name, row) for name, own in all_correct.items() for row in own if row in VERDICT_ROWS]:
         correct = {name: own[row][0].double().numpy() for name, own in all_correct.items() if row in own}
         labels = all_correct[backbone][row][1].numpy()
         candidates = [name for name in correct if is_control(name, config)]

@@ -329,14 +329,18 @@ def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, "
         labels: class index of each image.
 
     Returns:
-        accuracy: of the best one-to-one matching of clusters and classes (Hungarian method), 0 to 1.
+        accuracy: of the best one-to-one matching of clusters and classes (Hungarian method), 0 to 1; on imbalanced images after
+            balanced_accuracy: the mean recall of the classes, of the matching for which it is highest.
         nmi: normalized mutual information: mutual information over the mean of both entropies, 0 to 1.
         ari: adjusted Rand index: agreement on pairs, corrected for chance (Hubert & Arabie 1985), -0.5 to 1.
     """
     table = contingency_matrix(clusters, labels)
-    matching = linear_sum_assignment(table, maximize=True)
+    recalls = table / table.sum(0) / table.shape[1]  # of each class in each cluster, over the number of classes
+    accuracies = {"balanced_accuracy": recalls} if is_imbalanced(labels) else {}
+    accuracies |= {"accuracy": table / len(labels)}
     return {
-        "accuracy": float(table[matching].sum() / len(labels)),
+        name: float(each[linear_sum_assignment(each, maximize=True)].sum()) for name, each in accuracies.items()
+    } | {
         "nmi": float(normalized_mutual_info_score(labels, clusters)),
         "ari": float(adjusted_rand_score(labels, clusters)),
     }
@@ -349,19 +353,18 @@ def cluster(context: EvalContext) -> ProtocolResult:
     Up to `MAX_CLUSTER_IMAGES` readable test images are used, a random sample of them.
 
     Returns:
-        Metrics 'cluster_accuracy' (clusters matched one-to-one to classes, 0 to 1), 'cluster_nmi' (0 to 1) and 'cluster_ari' (-0.5 to 1):
-        means over k-means with the seeds 0 to `num_seeds` - 1, with 95 % intervals; see `clustering_scores`.
-
-    Raises:
-        MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
+        Metrics 'cluster_accuracy' (clusters matched one-to-one to classes, 0 to 1; on imbalanced images after
+        'cluster_balanced_accuracy'), 'cluster_nmi' (0 to 1) and 'cluster_ari' (-0.5 to 1): means over k-means with the seeds 0 to
+        `num_seeds` - 1, with 95 % intervals; see `clustering_scores`.
     """
     features, labels = (part[:MAX_CLUSTER_IMAGES] for part in (context.test.layer_features(), context.test.labels))
     clusters = (cluster_features(features, len(context.classes), seed) for seed in range(context.options.num_seeds))
     scores = [clustering_scores(each, labels.numpy()) for each in clusters]
-    # The lowest possible values, at which intervals are cut off.
-    minima = {"accuracy": 0.0, "nmi": 0.0, "ari": -0.5}
-    means = {name: eval_context.mean_over_seeds([each[name] for each in scores], low) for name, low in minima.items()}
-    return ProtocolResult({f"cluster_{name}": mean for name, mean in means.items()})
+    result = ProtocolResult()
+    for name in scores[0]:
+        lowest = -0.5 if name == "ari" else 0.0  # where its interval is cut off
+        result.metrics[f"cluster_{name}"] = eval_context.mean_over_seeds([each[name] for each in scores], lowest)
+    return result
 
 
 @protocol("images")

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from math import ceil, log, sqrt
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from mapet.errors import option
+from mapet.evaluation.imbalance import score_classifier
 from mapet.evaluation.logistic_regression import fit_logistic
 
 TokenPair = tuple[Int[Tensor, "..."], Int[Tensor, "..."]]
@@ -112,12 +114,16 @@ class BagOfTokens:
 
     Attributes:
         accuracy: top-1 accuracy on the test images, 0 to 1.
-        chance: majority baseline: accuracy of always predicting the most frequent class of the test images.
+        balanced_accuracy: mean recall of their classes, which leads where they are imbalanced (`is_imbalanced`); None where they are not.
+        chance: of what leads, the balanced accuracy or the accuracy, if always the most frequent class of the test images is predicted.
+        error: standard error of what leads, for predictions at chance.
         test_images: number of test images.
     """
 
     accuracy: float
+    balanced_accuracy: float | None
     chance: float
+    error: float
     test_images: int
 
 
@@ -284,19 +290,26 @@ def bag_of_tokens_probe(
         vocab_size: number of codes.
 
     Returns:
-        Accuracy on the test images, the majority baseline and the number of test images; accuracies are fractions, 0 to 1. If no token
-        occurs in two training images, nothing is fitted, and the accuracy is the majority baseline.
+        Accuracy on the test images, also balanced where they are imbalanced, with its chance level. If no token occurs in two training
+        images, nothing is fitted, and the most frequent class of the test images is predicted.
     """
     bags = bags_of_tokens(ids, vocab_size)
     # Keep tokens that occur in two or more training images: a token of a single one identifies that image, not its class.
     bags = bags[:, (bags[~is_test] > 0).sum(0) > 1]
-    test_labels, num_test = labels[is_test], int(is_test.sum())
-    majority = float(torch.bincount(test_labels).max() / num_test)
-    if not bags.shape[1]:
-        return BagOfTokens(majority, majority, num_test)
-    probe = fit_logistic(bags[~is_test], labels[~is_test], int(labels.max()) + 1)
-    predicted = probe(bags[is_test]).argmax(1)
-    return BagOfTokens(float((predicted == test_labels).double().mean()), majority, num_test)
+    truth, num_classes = labels[is_test], int(labels.max()) + 1
+    counts = torch.bincount(truth)
+    if bags.shape[1]:
+        logits = fit_logistic(bags[~is_test], labels[~is_test], num_classes)(bags[is_test])
+    else:
+        logits = F.one_hot(counts.argmax(), num_classes).float().expand(len(truth), -1)
+    scores = score_classifier(logits, truth)
+    counts = counts[counts > 0].double()
+    if "balanced_accuracy" in scores:
+        chance, effective_count = 1 / len(counts), float(len(counts) ** 2 / counts.reciprocal().sum())
+    else:
+        chance, effective_count = float(counts.max() / counts.sum()), float(counts.sum())
+    error = sqrt(chance * (1 - chance) / effective_count)
+    return BagOfTokens(scores["accuracy"], scores.get("balanced_accuracy"), chance, error, len(truth))
 
 
 def nearest_codes(
@@ -386,7 +399,9 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     if label is not None and label.bits <= MIN_STANDARD_ERRORS * label.error:
         yield f"a token tells {label.bits:.2f} bits of its image's class, not above chance: check that labels fit the images, or try another teacher"
     if bag is not None:
-        standard_error = sqrt(bag.chance * (1 - bag.chance) / bag.test_images)
-        if bag.accuracy < bag.chance + MIN_STANDARD_ERRORS * standard_error:
-            scores = f"accuracy {bag.accuracy:.1%}, majority baseline {bag.chance:.1%}, {bag.test_images} test images"
+        metric, score = "accuracy", bag.accuracy
+        if bag.balanced_accuracy is not None:
+            metric, score = "balanced accuracy", bag.balanced_accuracy
+        if score < bag.chance + MIN_STANDARD_ERRORS * bag.error:
+            scores = f"{metric} {score:.1%}, majority baseline {bag.chance:.1%}, {bag.test_images} test images"
             yield f"all tokens of an image tell its class no better than chance ({scores}): measure more images, or try another teacher"

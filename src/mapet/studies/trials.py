@@ -29,7 +29,7 @@ from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
-from mapet.evaluation.imbalance import name_rows
+from mapet.evaluation.imbalance import METRIC_NAMES
 from mapet.evaluation.probes import probe_accuracy
 from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
@@ -457,7 +457,8 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
 
     Returns:
         Name of the metric -> accuracy (0..1): 'logistic' and 'knn', the same with ' on NAME' for each of `ood_images`, then
-        'finetune, 10 labels a class' or 'finetune, all labels' for each of `labels_per_class`, on `test_images` alone.
+        'finetune, 10 labels a class' or 'finetune, all labels' for each of `labels_per_class`, on `test_images` alone. On imbalanced test
+        images each stands after its ', balanced accuracy' and ', AUROC'.
 
     Raises:
         MapetError: backbone, images or labels cannot be read.
@@ -480,7 +481,8 @@ def evaluate(config: TrialConfig, device: str, seed: int | None = None, pretrain
         finetuning = build_config(FinetuneConfig, shared | {"labels_per_class": labels})
         result = Trainer(FinetuningTask(), finetuning).fit()
         name = f"finetune, {labels} labels a class" if labels else "finetune, all labels"
-        scores |= name_rows(name, {kind: metric.value for kind, metric in result.metrics.items()})
+        for kind, metric in result.metrics.items():
+            scores[name if kind == "accuracy" else f"{name}, {METRIC_NAMES[kind]}"] = metric.value
     return scores
 
 
