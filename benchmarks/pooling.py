@@ -128,7 +128,7 @@ def measure(backbone: Path, train: Path, test: Path) -> list[Row]:
         A row for each: width of the features; C; for each probe its accuracy, balanced where the test images are imbalanced, and
         the ends of its 95 % interval ('_low', '_high').
     """
-    wrapper = BackboneWrapper.load(str(backbone), ComputeContext.from_options("cpu"))
+    wrapper = BackboneWrapper.load(str(backbone), ComputeContext.from_options("cpu", "float32"))
     train_set, test_set = load_train_test(str(train), str(test))
     (features, labels), (test_features, test_labels) = (extract(wrapper, part) for part in (train_set, test_set))
     rows, num_classes = [], len(train_set.classes)
