@@ -18,6 +18,7 @@ import mapet
 from mapet.commands import COMMANDS, GROUPS
 from mapet.commands.command import AnyCommand, command_name, silence_stdout, summary
 from mapet.config.base import build_config, format_none, is_multi_valued, iter_options, parse_yaml, read_config
+from mapet.config.shared import trust_teachers
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
 from mapet.run_state import CONFIG_FILE, find_config, is_first_rank, read_command
 from mapet.signals import RESUME_HINT
@@ -167,7 +168,8 @@ def run_command(name: str, argv: list[str]) -> Any:
         raise MapetError(
             f"{wrong}, relative to {Path.cwd()}: change to the directory that the run was started in, or {moved}"
         )
-    return function(config)
+    with trust_teachers(typed):
+        return function(config)
 
 
 def _parse_arguments(function: AnyCommand, argv: list[str]) -> tuple[Path | None, dict[str, Any]]:

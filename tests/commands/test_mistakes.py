@@ -21,6 +21,7 @@ from mapet.cli import main
 from mapet.commands import COMMANDS
 from mapet.config.base import build_config
 from mapet.config.evaluation import EvaluateConfig
+from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.errors import shell_command
 from mapet.files import translate_write_errors
 from mapet.run_state import RunState
@@ -384,6 +385,49 @@ def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
     ]
     assert "if you trust it" in fails(capsys, *tokenize)  # a codebook from elsewhere can't run a function it names
     assert main([*map(str, tokenize), "--trust-teacher", "tests.commands.test_mistakes:good_encoder"]) == 0
+    assert "MAPET_TRUSTED_TEACHERS" not in os.environ
+
+
+CODE = "import os, pathlib\npathlib.Path('RAN').touch()\ndef encoder(_):\n    return lambda images: images[:, :, ::4, ::4]\n"
+
+
+def test_code_that_a_file_names_runs_only_if_its_caller_names_it_too(capsys, crops, tmp_path, monkeypatch):
+    """A config, the folder of a run that is resumed, a tokenizer, a debug bundle, and the permission in such a file."""
+    ran = tmp_path / "ran"
+    (tmp_path / "hostile_code.py").write_text(CODE.replace("RAN", str(ran)))
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    fitting = {"image_size": 16, "patch_size": 4, "teacher": "hostile_code:encoder", "vocab_size": 4}
+    recipe.write_text(json.dumps(fitting))
+    fit = ["fit-tokenizer", recipe, "--images", crops, "--out", tmp_path / "t"]
+    run_file = tmp_path / "run.yaml"
+    sections = {
+        "fit_tokenizer": fitting,
+        "pretrain": {"model_args": {"embed_dim": 32, "depth": 1, "num_heads": 2}, "epochs": 1},
+    }
+    run_file.write_text(json.dumps(sections))
+    run = ["run", run_file, "--images", crops, "--out", tmp_path / "run"]
+    for argv in (fit, run, [*run, "--resume"], ["check", "--images", "os:system", *fit[1:2]]):
+        fails(capsys, *argv)
+        assert not ran.exists() and "hostile_code" not in sys.modules
+    with refused("hostile_code:encoder", "MAPET_TRUSTED_TEACHERS", field="teacher"):
+        mapet.fit_tokenizer(build_config(FitTokenizerConfig, fitting | {"images": crops, "out": tmp_path / "t"}))
+    with monkeypatch.context() as patch:
+        patch.setenv("MAPET_TRUSTED_TEACHERS", "other:code,hostile_code:encoder")
+        assert main([*map(str, fit)]) == 0
+    assert ran.exists()
+    ran.unlink()
+    for name in ("hostile_code",):
+        del sys.modules[name]
+    config = tmp_path / "tokenize.yaml"
+    config.write_text("trust_teacher: hostile_code:encoder\n")
+    tokenize = ["tokenize", config, "--tokenizer", tmp_path / "t", "--images", crops, "--out", tmp_path / "tokens"]
+    fails(capsys, *tokenize)
+    assert not ran.exists() and "hostile_code" not in sys.modules
+    mapet.tokenize(
+        tokenizer=tmp_path / "t", images=crops, out=tmp_path / "tokens", trust_teacher="hostile_code:encoder"
+    )
+    assert ran.exists()
 
 
 def test_a_teacher_that_gives_another_grid(capsys, caplog, crops, tmp_path, monkeypatch):

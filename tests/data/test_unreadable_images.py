@@ -273,3 +273,20 @@ def test_check_warns_about_what_later_commands_will_refuse_or_enlarge(crops, cap
         "2 of 14 are unreadable: other commands refuse more than 5%; remove them or raise max_unreadable" in caplog.text
     )
     assert "100% are smaller than the input, 224 x 224 px, and would be enlarged" in caplog.text
+
+
+def test_a_postscript_file_named_jpg_starts_no_ghostscript(tmp_path, monkeypatch):
+    """Pillow knows 40 formats by their content; only those that are documented are opened, whatever the name."""
+
+    def ghostscript(*_, **__):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
+    for name in ("a.jpg", "b.png", "c.webp"):
+        (tmp_path / name).write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+        )
+        with pytest.raises(ImageDecodeError):
+            open_image(tmp_path / name).read()
+        with pytest.raises(ImageDecodeError):
+            open_image((tmp_path / name).read_bytes()).read()

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -459,9 +461,9 @@ def served(folder):
             thread.join()
 
 
-def ask(server, path, host="localhost"):
+def ask(server, path, host="localhost", token=True):
     connection = http.client.HTTPConnection(*server.server_address, timeout=10)
-    connection.request("GET", path, headers={"Host": host})
+    connection.request("GET", f"{path}?token={server.token}" if token else path, headers={"Host": host})
     answer = connection.getresponse()
     body = answer.read().decode()
     connection.close()
@@ -514,7 +516,10 @@ def test_other_hosts_are_refused(host, tmp_path):
 def test_answers_to_this_machine_alone(tmp_path):
     with served(write_run(tmp_path / "a")) as server:
         assert server.server_address[0] == "127.0.0.1"
-        assert server.url == f"http://127.0.0.1:{server.server_address[1]}/"
+        assert (
+            server.url == f"http://127.0.0.1:{server.server_address[1]}/?token={server.token}"
+            and len(server.token) > 20
+        )
         for host in ("localhost", f"localhost:{server.server_address[1]}", "127.0.0.1:8000"):
             answer, _ = ask(server, "/", host)
             assert answer.status == 200 and answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -522,3 +527,24 @@ def test_answers_to_this_machine_alone(tmp_path):
         assert ask(server, "/updates")[0].status == 404
         with LiveServer(tmp_path, server.server_address[1]) as other:
             assert other.server_address[1] != server.server_address[1]
+
+
+@pytest.mark.parametrize("query", ["", "?token=", "?token=x", "?token=é", "?tokens=TOKEN", "?token=TOKEN&token=TOKEN"])
+def test_another_user_of_this_machine_does_not_know_the_token(query, tmp_path):
+    with served(write_run(tmp_path / "a")) as server:
+        answer, text = ask(server, f"/{quote(query.replace('TOKEN', server.token), safe='?=&')}", token=False)
+        assert answer.status == 403 and "loss" not in text
+
+
+@pytest.mark.parametrize(("length", "sent"), [(3_000_000, 100), (100_000, 100_000), ("x", 10), (-5, 10)])
+def test_a_body_is_dropped_and_the_answer_arrives(length, sent, tmp_path):
+    """Also where less comes than is announced, or more than the system buffers: the connection would be reset before the answer."""
+    with (
+        served(write_run(tmp_path / "a")) as server,
+        socket.create_connection(server.server_address[:2], 20) as connection,
+    ):
+        head = f"POST /?token={server.token} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n"
+        connection.sendall(head.encode() + b"x" * sent)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.0 405 ") and b"loss" not in answer

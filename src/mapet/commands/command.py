@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from mapet.config.base import Config, build_config
+from mapet.config.shared import trust_teachers
 from mapet.errors import MapetError, option
 from mapet.run_state import is_first_rank, run_state
 
@@ -94,7 +95,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
                 config = build_config(kind, options)
             _check_out_is_not_inside_images(config)
             _set_up_logging()
-            with _translate_dead_workers():
+            with trust_teachers(options), _translate_dead_workers():
                 return _run(function, config, distributed)
 
         call.__dict__.update(config_type=kind, __signature__=signature)

@@ -11,7 +11,6 @@ from mapet.commands.command import AnyCommand, command_name
 from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
-from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.digits import write_digits
 from mapet.data.sources import list_images
@@ -133,7 +132,6 @@ def _plan(config: RunConfig) -> list[Stage]:
     """
     tokenizer, tokens, pretrained = (config.out / name for name in ("tokenizer", "tokens", "pretrain"))
     backbone, figures = pretrained / "backbone", config.out / "figures"
-    trusted = get_custom_teacher(config.fit_tokenizer.teacher)
     is_fitted, is_tokenized, is_trained, has_figures = (
         not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)
     )
@@ -158,14 +156,14 @@ def _plan(config: RunConfig) -> list[Stage]:
 
     return [
         stage(commands.fit_tokenizer, is_fitted, is_fitted, out=tokenizer, resume=True),
-        stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, trust_teacher=trusted, resume=True),
+        stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, resume=True),
         stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training),
         stage(
             commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
             test_images=config.test_images, protocols=["logistic", "knn"], pool=config.pretrain.pool, layers=config.pretrain.layers,
-            trust_teacher=trusted, out=config.out / "evaluation",
+            out=config.out / "evaluation",
         ),
-        stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures, trust_teacher=trusted),
+        stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures),
     ]  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image
     """Compute the figures and the step-through of a run from its newest weights, in float32.
 
     Args:
-        config: `device`, `images` (None: the images that the run was trained on) and `trust_teacher` are used.
+        config: `device` and `images` (None: the images that the run was trained on) are used.
         folder: of the `pretrain` run.
 
     Returns:
@@ -113,7 +113,7 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image
         MapetError: there are no weights, or the images can't be read.
     """
     compute = ComputeContext.from_options(config.device, "float32")
-    run = load_run(folder, with_teacher=True, allow=config.trust_teacher)
+    run = load_run(folder, with_teacher=True)
     images = list_images(config.images or run.config.images)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
     inspected = inspection.inspect_model(model, tokenizer, images, compute, NUM_SHOWN, run.config.patch_order)
@@ -165,7 +165,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
         MapetError: as for `_measure`, or the tokenizer can't be loaded.
     """
     compute = ComputeContext.from_options(precision="float32")
-    tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
     sample, metrics = _measure(config, tokenizer, compute)
     figures = plot_tokenizer(sample, tokenizer.quantizer.centroids, NUM_SHOWN)
     for name, value in format_token_metrics(metrics).items():

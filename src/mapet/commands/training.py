@@ -179,7 +179,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
     A debug bundle is the folder RUN/debug/step-* with weights and image ids that a run saves when NaN or Inf stops it.
 
     Args:
-        config: its `device` replaces the run's option, and so do `images`, `precision` and `trust_teacher` where they are given.
+        config: its `device` replaces the run's option, and so do `images` and `precision` where they are given.
 
     Returns:
         A report for each step of the bundle, which are the last ones before the stop, in their order.
@@ -199,7 +199,7 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
         )
     task_type, config_type = TASKS.get(read_command(folder), TASKS["pretrain"])
     task, run = task_type(), build_config(config_type, read_config(path), path)
-    given = {name: getattr(config, name) for name in ("images", "precision", "trust_teacher") if getattr(config, name)}
+    given = {name: getattr(config, name) for name in ("images", "precision") if getattr(config, name)}
     run = run.model_copy(update={"device": config.device} | given)
     task.build(run, ComputeContext.from_options(run.device, run.precision))
     sampler = EpochBatchSampler(task.indices, task.config.batch_size, run.epochs, run.seed)

@@ -1,7 +1,8 @@
 """Types of options, and the options that several commands share."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -165,7 +166,8 @@ class TrustTeacherOptions(Config):
     """Tokenizers of others."""
 
     trust_teacher: str | None = None
-    """Name (package.module:function) of the custom teacher that the tokenizer may run; needed only for tokenizers that have one."""
+    """Name (package.module:function) of the custom teacher that the tokenizer may run; needed only for tokenizers that have one. It counts
+    on the command line, in a Python call and in the environment variable MAPET_TRUSTED_TEACHERS, but not in a config file."""
 
 
 class DeviceOptions(Config):
@@ -263,14 +265,46 @@ def is_custom_teacher(teacher: str) -> bool:
     return ":" in teacher and not teacher.startswith(HUB_PREFIXES)
 
 
-def get_custom_teacher(teachers: Iterable[str]) -> str | None:
-    """Return the first name of a teacher that is the user's own code, which `trust_teacher` then allows to run; None if there is none."""
-    return next(filter(is_custom_teacher, teachers), None)
-
-
 def format_teachers(teachers: str | Iterable[str]) -> str:
     """Return the name of a teacher, or the names of several joined by ' + '."""
     return teachers if isinstance(teachers, str) else " + ".join(teachers)
+
+
+TRUSTED_TEACHERS = "MAPET_TRUSTED_TEACHERS"
+"""Environment variable: the custom teachers that may run, with commas between them. A command adds those that its caller names."""
+
+
+@contextmanager
+def trust_teachers(given: Mapping[str, Any]) -> Iterator[None]:
+    """Let the custom teachers run that a command line or Python call names, until the context ends, also in processes that it starts.
+
+    What a file names (a config, a run's folder, a tokenizer) is not among them: a file of others could name any code.
+
+    Args:
+        given: option -> value, as the command line or the call gave them; sections are mappings or configs. The options `teacher` and
+            `trust_teacher` count.
+    """
+
+    def named(options: Mapping[str, Any]) -> Iterator[str]:
+        """Yield the values of these two options, at any depth."""
+        for name, value in options.items():
+            if isinstance(value, (Mapping, Config)):
+                yield from named(dict(value))
+            elif name in ("teacher", "trust_teacher"):
+                yield from (text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str))
+
+    before = os.environ.get(TRUSTED_TEACHERS)
+    os.environ[TRUSTED_TEACHERS] = ",".join([before or "", *filter(is_custom_teacher, named(given))])
+    try:
+        yield
+    finally:
+        os.environ.pop(TRUSTED_TEACHERS)
+        os.environ |= {} if before is None else {TRUSTED_TEACHERS: before}
+
+
+def is_trusted_teacher(teacher: str) -> bool:
+    """Return whether a custom teacher may run: the caller has named it, see `trust_teachers`, or the environment variable does."""
+    return teacher in os.environ.get(TRUSTED_TEACHERS, "").split(",")
 
 
 def non_default_options(config: Config, options: Iterable[str]) -> list[str]:

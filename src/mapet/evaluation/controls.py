@@ -196,7 +196,7 @@ def plan_controls(
     network, nor does one whose untrained network is in the option `backbone` itself.
 
     Args:
-        config: options of `evaluate`; `controls`, `backbone`, `layers`, `seed` and `trust_teacher` are used. With `controls` 'auto' a
+        config: options of `evaluate`; `controls`, `backbone`, `layers` and `seed` are used. With `controls` 'auto' a
             control that cannot be made is omitted; one that is named is an error.
         protocols: names of the protocols that are run; without one of `CONTROL_PROTOCOLS` there are no controls, but for 'attentive' the
             untrained network.
@@ -238,14 +238,14 @@ def plan_controls(
         if not asked & {"teacher", "tokens"}:
             continue
         # Loaded here to see whether it can be, and again when its control is evaluated: large teachers would fill the memory until then.
-        tokenizer = _load_tokenizer(backbone.name, config.trust_teacher, is_auto)
+        tokenizer = _load_tokenizer(backbone.name, is_auto)
         if tokenizer is None or tokenizer.hash in seen:
             continue
         seen.add(tokenizer.hash)
         for name in ("teacher", "tokens"):
             if name in asked:
                 title = f"{name} of {backbone.name}"
-                loaders[title] = partial(_tokenizer_control, name, title, backbone.name, compute, config.trust_teacher)
+                loaders[title] = partial(_tokenizer_control, name, title, backbone.name, compute)
     if not is_auto and asked & {"teacher", "tokens"} and not any(isinstance(item, str) for item in seen):
         wrong = f"{option('controls', *config.controls)}: none of {option('backbone', *config.backbone)} is a run with a tokenizer"
         raise MapetError(f"{wrong}: add one, or omit teacher and tokens", field="controls", value=config.controls)
@@ -305,9 +305,7 @@ def _image_control(
     return control
 
 
-def _tokenizer_control(
-    name: str, title: str, source: str, compute: ComputeContext, trusted_teacher: str | None
-) -> BackboneWrapper:
+def _tokenizer_control(name: str, title: str, source: str, compute: ComputeContext) -> BackboneWrapper:
     """Load the features of a run's teacher, or the bag of its tokens.
 
     Args:
@@ -315,12 +313,11 @@ def _tokenizer_control(
         title: of the control in tables.
         source: value of the option `backbone`, which has a tokenizer, see `_load_tokenizer`.
         compute: device, in float32.
-        trusted_teacher: name of the user's own teacher code that may run, or None.
 
     Raises:
         MapetError: the tokenizer cannot be loaded.
     """
-    tokenizer = _load_tokenizer(source, trusted_teacher, may_fail=False)
+    tokenizer = _load_tokenizer(source, may_fail=False)
     assert tokenizer is not None  # `plan_controls` has loaded it before
     teacher = tokenizer.to(compute.device).teacher
     assert teacher is not None
@@ -328,13 +325,12 @@ def _tokenizer_control(
     return _wrap(title, model, compute, teacher.image_size, teacher.settings["channels"])
 
 
-def _load_tokenizer(source: str, trusted_teacher: str | None, may_fail: bool) -> Tokenizer | None:
+def _load_tokenizer(source: str, may_fail: bool) -> Tokenizer | None:
     """Load the tokenizer, with its teacher, that a backbone was pre-trained with.
 
     Args:
         source: a value of the option `backbone`; the folder of `mapet run` or `mapet pretrain`, or the backbone folder in it, has a
             tokenizer, other values ('timm:NAME', a weights file, ...) have none.
-        trusted_teacher: name (package.module:function) of the user's own teacher code that may run, or None.
         may_fail: log a warning and return None where the tokenizer cannot be loaded.
 
     Returns:
@@ -347,7 +343,7 @@ def _load_tokenizer(source: str, trusted_teacher: str | None, may_fail: bool) ->
         if read_command(folder) == "pretrain" and (folder / CONFIG_FILE).is_file():
             path = resolve_run_path(folder, read_config(folder / CONFIG_FILE), "tokenizer")
             try:
-                return load_tokenizer(Path(path), trusted_teacher=trusted_teacher) if path else None
+                return load_tokenizer(Path(path)) if path else None
             except MapetError as error:
                 if not may_fail:
                     raise

@@ -394,7 +394,7 @@ def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
         MapetError: the file cannot be read, or has another pixel format.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             if panoptic:
                 return np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1, 256, 256 * 256])
             if image.mode not in MASK_MODES:

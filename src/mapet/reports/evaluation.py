@@ -1,7 +1,5 @@
 """Reports of `mapet evaluate`: backbones side by side in Markdown, classes in CSV; and of `mapet inspect-tokenizer`."""
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ from mapet.evaluation.controls import Verdict
 from mapet.evaluation.eval_context import MetricValue, ProtocolResult
 from mapet.evaluation.token_metrics import PERTURBATIONS, TokenMetrics
 from mapet.files import write_text
-from mapet.reports.render import markdown_table, render
+from mapet.reports.render import format_csv, markdown_table, render
 
 Results = Mapping[str, Mapping[str, ProtocolResult]]
 """Backbone (path or name of the model) -> protocol ('logistic', 'knn', ...) -> result."""
@@ -45,13 +43,11 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str], verdi
     )  # fmt: skip
     write_text(out / "evaluation.md", text)
     if counts:
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["backbone", "metric", "class", "correct", "of", "fraction"])
+        rows: list[list[object]] = [["backbone", "metric", "class", "correct", "of", "fraction"]]
         for key, classes in counts.items():
             for name, (correct, count) in classes.items():
-                writer.writerow([*key, name, correct, count, f"{correct / count:.6f}" if count else ""])
-        write_text(out / "per_class.csv", file.getvalue())
+                rows.append([*key, name, correct, count, f"{correct / count:.6f}" if count else ""])
+        write_text(out / "per_class.csv", format_csv(rows))
 
 
 def format_metric(metric: MetricValue) -> str:

@@ -4,12 +4,14 @@ import base64
 import io
 import json
 import logging
+import secrets
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qs
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
 
@@ -46,6 +48,8 @@ ENCODINGS = ((1.0, 84), (0.8, 78), (0.6, 72), (0.45, 66), (0.3, 60))
 ADDRESS, PORT = "127.0.0.1", 6274
 HOSTS = ("localhost", ADDRESS)
 """Host names that requests may have: another name that resolves to this machine is another site's attempt to read (DNS rebinding)."""
+MAX_BODY_BYTES = 1 << 20
+"""Most bytes of a request's body that are read to be dropped."""
 HEADERS = [
     ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff"), ("X-Frame-Options", "DENY"), ("Referrer-Policy", "no-referrer"),
 ]  # fmt: skip
@@ -67,7 +71,7 @@ def rasterize(figure: "Figure") -> Image.Image:
     """Render a matplotlib figure as an RGB image, at 120 dpi."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
-    return Image.open(file).convert("RGB")
+    return Image.open(file, formats=["PNG"]).convert("RGB")
 
 
 def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
@@ -79,7 +83,7 @@ def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
     images = {}
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["PNG"]) as image:
                 images[path.stem] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             log.warning("the report omits %s: %s. Redraw it with `mapet report RUN --out NEW.html`", path, error)
@@ -281,17 +285,19 @@ class LiveServer(ThreadingMixIn, WSGIServer):
             super().__init__((ADDRESS, port), _RequestHandler)
         except OSError:
             super().__init__((ADDRESS, 0), _RequestHandler)
+        self.token = secrets.token_urlsafe(16)
         self.set_app(self.respond)
 
     @property
     def url(self) -> str:
-        return f"http://{ADDRESS}:{self.server_address[1]}/"
+        return f"http://{ADDRESS}:{self.server_address[1]}/?token={self.token}"
 
     def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-        """Answer a WSGI request: `/` with the page of the run's files as they are now, other paths with 404.
+        """Answer a WSGI request: `/` with the page of the run's files as they are now, other paths with 404, other methods with 405.
 
         A request whose Host header (of its environ) is not in `HOSTS` gets 403: it comes from another site whose name resolves to this
-        machine (DNS rebinding).
+        machine (DNS rebinding). So does one without the token of `url`: it comes from another user or program of this machine. A body is
+        read, up to `MAX_BODY_BYTES`, and dropped, as the connection would otherwise be reset before the answer has arrived.
 
         Args:
             environ, start_response: as in PEP 3333.
@@ -300,8 +306,23 @@ class LiveServer(ThreadingMixIn, WSGIServer):
             The body, UTF-8.
         """
         host, status, kind = environ.get("HTTP_HOST", ""), "200 OK", "text/html"
+        length = environ.get("CONTENT_LENGTH") or "0"
+        environ["wsgi.input"].read(min(int(length), MAX_BODY_BYTES) if length.isdecimal() else 0)
+        token = "".join(parse_qs(environ.get("QUERY_STRING", "")).get("token", []))
         if host.rpartition("@")[2].partition(":")[0] not in HOSTS:
-            status, kind, text = "403 Forbidden", "text/plain", f"This host name is refused: open {self.url}\n"
+            status, kind, text = (
+                "403 Forbidden",
+                "text/plain",
+                f"This host name is refused: open the address at {ADDRESS} that mapet printed\n",
+            )
+        elif not secrets.compare_digest(token.encode(), self.token.encode()):
+            status, kind, text = (
+                "403 Forbidden",
+                "text/plain",
+                "The token is missing: open the whole address that mapet printed\n",
+            )
+        elif environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            status, kind, text = "405 Method Not Allowed", "text/plain", "The page can only be read: use GET\n"
         elif environ["PATH_INFO"] != "/":
             status, kind, text = "404 Not Found", "text/plain", f"Not found: the only page is {self.url}\n"
         else:

@@ -1,9 +1,11 @@
 """Jinja templates of web/ (HTML, which escapes its values and inlines its styles and scripts, and Markdown), and text formats."""
 
 import base64
+import csv
 import hashlib
+import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +24,7 @@ from mapet.training.metrics import format_duration
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette (2008), whose colors differ for the color-blind, too."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 LINE_STYLES = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
 """Color and dashes (lengths in pixels) of the lines of a plot, taken in turn."""
 
@@ -47,6 +50,31 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a Markdown table of a head and rows of equally many texts, in which Markdown's characters are escaped (`Bold` is kept)."""
     header, *body = ([escape_markdown(cell) for cell in row] for row in (head, *rows))
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+
+
+def format_csv(rows: Iterable[Iterable[object]]) -> str:
+    """Format rows as CSV. A text that a spreadsheet would take for a formula, because of its first character, gets a ' before it."""
+    file = io.StringIO()
+    for row in rows:
+        cells = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in row]
+        csv.writer(file, lineterminator="\n").writerow(cells)
+    return file.getvalue()
+
+
+def code_span(text: object) -> str:
+    """Format text as inline code of Markdown, on one line, whatever backticks it has."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    return f"`{line}`" if "`" not in line else f"{_fence(line, 1)} {line} {_fence(line, 1)}"
+
+
+def code_block(language: str, text: str) -> str:
+    """Format text as a code block of Markdown, whatever backticks it has."""
+    return f"{_fence(text, 3)}{language}\n{text.rstrip()}\n{_fence(text, 3)}\n"
+
+
+def _fence(text: str, least: int) -> str:
+    """Return a run of at least `least` backticks that is longer than any in the text."""
+    return "`" * max(least, *(1 + len(run) for run in re.findall("`*", text)))
 
 
 def escape_markdown(text: str) -> str:
@@ -95,8 +123,14 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )  # fmt: skip
     environment.globals |= {"inline": _inline, "source_hash": _source_hash, "line_styles": LINE_STYLES}
-    environment.globals |= {"table": markdown_table, "version": version("mapet"), "now": datetime.now, "option": option}
-    environment.filters |= {"md": escape_markdown, "quote": quote, "value": format_value}
+    environment.globals |= {
+        "table": markdown_table,
+        "code": code_block,
+        "version": version("mapet"),
+        "now": datetime.now,
+        "option": option,
+    }
+    environment.filters |= {"md": escape_markdown, "code": code_span, "quote": quote, "value": format_value}
     environment.filters |= {"number": format_number, "percent": format_percent, "duration": format_duration}
     environment.filters |= {"condition": format_condition, "p_value": format_p_value}
     environment.filters |= {"yaml": dump_yaml, "joined": format_teachers}

@@ -1,7 +1,5 @@
 """The report of a study: the same in Markdown and in HTML that needs no network, and its runs as CSV."""
 
-import csv
-import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -14,7 +12,7 @@ from markupsafe import Markup
 from mapet.evaluation.eval_context import mean_and_margin
 from mapet.files import write_text
 from mapet.reports.plots import Curve, plot_seeds
-from mapet.reports.render import Bold, render, render_macro
+from mapet.reports.render import Bold, format_csv, render, render_macro
 from mapet.studies import statistics
 from mapet.studies.statistics import Difference, Study, Trial
 
@@ -183,14 +181,14 @@ def _format_csv(study: Study) -> str:
 
     Columns: name, the factors (the compared one first), seed, budgets, status, reason, epochs, flops, seconds, then the metrics (0..1).
     """
-    file, costs = io.StringIO(), [attribute for attribute, _ in COSTS.values()]
+    costs = [attribute for attribute, _ in COSTS.values()]
     factors = [study.compared_factor, *study.other_factors]
     columns = ["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.metrics]
-    writer = csv.DictWriter(file, columns)
-    writer.writeheader()
+    rows: list[list[object]] = [[*columns]]
     for trial in study.trials:
         numbers = {name: getattr(trial, name) for name in costs} | trial.scores
         known = {name: number for name, number in numbers.items() if number is not None and isfinite(number)}
         texts = {name: getattr(trial, name) for name in ("name", "seed", "status", "reason")}
-        writer.writerow(trial.factors | texts | {"budgets": "; ".join(trial.budgets)} | known)
-    return "\ufeff" + file.getvalue()  # without a byte order mark spreadsheets do not take it for UTF-8
+        row = trial.factors | texts | {"budgets": "; ".join(trial.budgets)} | known
+        rows.append([row.get(column, "") for column in columns])
+    return "\ufeff" + format_csv(rows)  # without a byte order mark spreadsheets do not take it for UTF-8

@@ -23,7 +23,6 @@ from mapet.config.base import Config, build_config, diff_configs, read_config, w
 from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
-from mapet.config.shared import get_custom_teacher
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
 from mapet.errors import Interrupted, MapetError, did_you_mean, option
@@ -212,7 +211,7 @@ def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfi
         fitting = build_config(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
     except MapetError as error:
         raise MapetError(f"tokenizer '{name}': {error}") from None
-    own = {"out": folder / "tokens", "tokenizer": fitting.out, "trust_teacher": get_custom_teacher(fitting.teacher)}
+    own = {"out": folder / "tokens", "tokenizer": fitting.out}
     tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | own)
     for new in (fitting, tokenizing):
         if state := try_read_state(new.out):
@@ -227,10 +226,10 @@ def trial_folder(config: StudyConfig, trial: Trial) -> Path:
 
 def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
     """Return the config of a trial's `pretrain`."""
-    folder, teacher = tokenizer_folder(config, trial.tokenizer), config.tokenizers[trial.tokenizer].teacher
+    folder = tokenizer_folder(config, trial.tokenizer)
     own = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
     own |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
-    return build_config(PretrainConfig, trial.options | own | {"trust_teacher": get_custom_teacher(teacher)})
+    return build_config(PretrainConfig, trial.options | own)
 
 
 def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:

@@ -336,7 +336,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     """
     compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
     images = list_images(config.images)
-    tokenizer = load_tokenizer(config.tokenizer, trusted_teacher=config.trust_teacher).to(compute.device)
+    tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
     teacher = tokenizer.teacher
     assert teacher is not None  # `load_tokenizer` makes it unless told not to
     store = _open_store(config, images, tokenizer)

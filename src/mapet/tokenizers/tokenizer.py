@@ -20,7 +20,6 @@ from mapet import distributed, files
 from mapet.config.shared import (
     HUB_PREFIXES,
     format_teachers,
-    get_custom_teacher,
     is_custom_teacher,
     non_default_options,
 )
@@ -436,14 +435,12 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
     return Tokenizer(teacher, quantizer, description)
 
 
-def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str | None = None) -> Tokenizer:
+def load_tokenizer(folder: Path, with_teacher: bool = True) -> Tokenizer:
     """Read a tokenizer that `save_tokenizer` wrote. A weights file of its teacher is taken from where it was, else from `folder`.
 
     Args:
         folder: with the two files of `save_tokenizer`; their hashes are checked.
         with_teacher: also make the teacher, which `forward` needs. False: `teacher` is None, and no weights are read.
-        trusted_teacher: the 'package.module:function' that may be imported and run. A tokenizer from elsewhere could name any
-            function, so a custom teacher is made only if its name is repeated here.
 
     Raises:
         MapetError: `folder` holds no tokenizer or a damaged one, or its teacher is not trusted, cannot be made, or has other weights than
@@ -465,11 +462,6 @@ def load_tokenizer(folder: Path, with_teacher: bool = True, trusted_teacher: str
     if not with_teacher:
         return tokenizer
     checkpoint = config.teacher_checkpoint
-    name = get_custom_teacher(config.teacher)
-    if name not in (None, trusted_teacher):
-        raise MapetError(
-            f"the tokenizer {folder} runs the code '{name}' as its teacher; if you trust it, give {option('trust_teacher', name)}"
-        )
     if checkpoint and not Path(checkpoint).exists():
         local = folder / Path(checkpoint).name
         if not local.exists():

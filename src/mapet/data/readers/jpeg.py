@@ -138,5 +138,5 @@ def _read_orientation(data: bytes) -> Orientation:
         return Orientation()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             return ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), Orientation())

@@ -21,6 +21,8 @@ from mapet.data.readers.image import (
     translate_errors,
 )  # fmt: skip
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that Pillow may recognize in a file, whatever its name: it would open others, too (PostScript by starting Ghostscript)."""
 PNG_COLORS = (2, 4, 6)
 """Color types of PNG with more than one channel: RGB, gray and alpha, RGBA."""
 JP2_START = b"\xff\x4f\xff\x51"
@@ -43,7 +45,7 @@ def open_with_pillow(file: ImageFile, channels: int, options: ReadOptions) -> De
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns from half the size that it refuses, and about odd EXIF
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as stored:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as stored:
                 check_pixel_count(stored.height, stored.width)
                 values = _decode_deep(file, stored)
                 if values is None:

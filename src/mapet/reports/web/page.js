@@ -37,7 +37,7 @@ async function follow(run, charts) {
   while (DATA.stage !== "complete") {
     await new Promise((resolve) => setTimeout(resolve, 2000));
     try {
-      const response = await fetch("/", { cache: "no-store" });
+      const response = await fetch(location.href, { cache: "no-store" });
       if (!response.ok) throw new Error(response.statusText);
       const newest = new DOMParser().parseFromString(await response.text(), "text/html"), data = readData(newest);
       if (data.stage !== DATA.stage) return location.reload(); // it has other sections

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from mapet.config.shared import Size
-from mapet.errors import MapetError, did_you_mean
+from mapet.config.shared import TRUSTED_TEACHERS, Size, is_trusted_teacher
+from mapet.errors import MapetError, did_you_mean, option
 
 
 def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn.Module:
@@ -20,8 +20,17 @@ def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn
         teacher_size: not used here; the parameter allows the option, which `Teacher` uses.
 
     Raises:
-        MapetError: there is no such function, it does not take one argument, or it returns something that is not callable.
+        MapetError: it is not trusted (see `mapet.config.shared.trust_teachers`), and nothing is imported; there is no such function, it does
+            not take one argument, or it returns something that is not callable.
     """
+    if not is_trusted_teacher(teacher):
+        name = f"{option('teacher')} or {option('trust_teacher')}"
+        raise MapetError(
+            f"the teacher '{teacher}' is code that a file names: if you trust it, repeat its name as {name}, or set the environment variable "
+            f"{TRUSTED_TEACHERS}={teacher}",
+            field="teacher",
+            value=teacher,
+        )
     try:
         function = pkgutil.resolve_name(teacher)
     except ImportError as error:

@@ -110,13 +110,12 @@ class LoadedRun(NamedTuple):
     model: ViTForPreTraining
 
 
-def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None) -> LoadedRun:
+def load_run(folder: Path, with_teacher: bool = False) -> LoadedRun:
     """Load a run from the folder of `pretrain`, or of the `run` or `demo` that it is part of.
 
     Args:
         folder: of the run; images and tokenizer may have moved with it.
         with_teacher: also load the tokenizer's teacher, which computes features of new images.
-        allow: name 'package.module:function' of the user's own teacher code that may run; None: no such code may.
 
     Raises:
         MapetError: it isn't one, its tokenizer is missing or another one, or it has no usable checkpoint.
@@ -126,7 +125,7 @@ def load_run(folder: Path, with_teacher: bool = False, allow: str | None = None)
     options = read_config(folder / CONFIG_FILE)
     present_paths = {name: resolve_run_path(folder, options, name) for name in ("images", "tokenizer")}
     config = build_config(PretrainConfig, options | present_paths, folder / CONFIG_FILE)
-    tokenizer = load_tokenizer(config.tokenizer, with_teacher, allow)
+    tokenizer = load_tokenizer(config.tokenizer, with_teacher)
     model = build_model(config, tokenizer)
     load_checkpoint(folder / "checkpoints", model, hashes={"tokenizer_hash": tokenizer.hash})
     return LoadedRun(config, tokenizer, model.eval())
@@ -195,7 +194,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         """
         self.compute, images = compute, list_images(config.images)
         needs_teacher = config.tokens is None or config.target == "features"
-        tokenizer = load_tokenizer(config.tokenizer, needs_teacher, config.trust_teacher).to(compute.device)
+        tokenizer = load_tokenizer(config.tokenizer, needs_teacher).to(compute.device)
         # A token store holds the token ids of one or more views of each image, which `mapet tokenize` has computed.
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         self.bad = dict(store.unreadable) if store else {}
