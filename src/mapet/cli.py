@@ -43,7 +43,8 @@ HEADINGS = {
     "Protocols": "protocols controls few_shot eval_image_sizes",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb benchmark",
-    "Output": "out license resume figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images track",
+    "Output": "out license resume take_over figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images "
+    "track",
 }
 """Heading -> its options, in the order of `--help`; the same for every command, since an option has one meaning everywhere."""
 HEADING_BY_OPTION = {name: heading for heading, names in HEADINGS.items() for name in names.split()}

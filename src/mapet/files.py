@@ -1,5 +1,6 @@
 """Reading and writing files: atomically, synced to disk, with checksums, never over other files."""
 
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,10 @@ MANIFEST = "manifest.json"
 """Description of a folder of data: a token store, a prepared data set, features."""
 RUN_FILE = "run.json"
 """State of a command and its folder (`mapet.run_state`)."""
+LOCK_FILE = ".lock"
+"""Lock of a command's folder (`mapet.lock`)."""
+KMEANS_STATE = ".kmeans.safetensors"
+"""State of an unfinished `fit-tokenizer`, in the folder that its tokenizer will replace."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that `atomic_write` gives to unfinished files."""
 MAX_SUGGESTIONS = 3
@@ -99,7 +104,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success sync it to disk and rename it to `path`.
 
     Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder replaces one that is
-    empty (`is_empty_dir`), and takes over its run.json, that of the command that is writing it.
+    empty (`is_empty_dir`), and takes over its run.json and lock, those of the command that is writing it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +113,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         for file in [*temporary.rglob("*"), temporary]:
             _sync(file)
         if temporary.is_dir() and path.is_dir() and is_empty_dir(path):
-            if (path / RUN_FILE).exists():
-                os.replace(path / RUN_FILE, temporary / RUN_FILE)
+            for name in (RUN_FILE, LOCK_FILE):
+                if (path / name).exists():
+                    os.replace(path / name, temporary / name)
             shutil.rmtree(path)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -270,10 +276,50 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_empty_dir(path: Path, but: str | None = None) -> bool:
-    """Return whether a path is missing, or a folder without files other than run.json, temporaries of a killed process, and `but`."""
+    """Return whether a path is missing, or a folder without files other than those of a command that has not finished, and `but`."""
     if not path.is_dir():
         return not path.exists()
-    return all(TEMPORARY.fullmatch(file.name) or file.name in (RUN_FILE, but) for file in path.iterdir())
+    unfinished = (RUN_FILE, LOCK_FILE, KMEANS_STATE, but)
+    return all(file.name in unfinished or TEMPORARY.fullmatch(file.name) for file in path.iterdir())
+
+
+def check_output_path(path: Path) -> None:
+    """Check that a command can write to a new file or folder of this path; `create_output_dir` checks what is in it.
+
+    Raises:
+        MapetError: it is the working folder, a mount point or a link, which cannot be replaced by the finished result.
+    """
+    reason = ""
+    if path.is_symlink():
+        reason = f"a link to {path.readlink()}: give that path itself"
+    elif path.is_dir() and path.samefile(Path.cwd()):
+        reason = "the working folder: give a folder in it"
+    elif path.is_mount():
+        reason = "a mount point: give a folder in it"
+    if reason:
+        raise MapetError(f"{option('out')} {path} is {reason}", field="out", value=path)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what `atomic_write` has left for a folder and in it when its process was killed; the caller holds the folder's lock.
+
+    Folders within it that have a lock of their own stay as they are: another process may be writing there.
+    """
+    leftovers = [
+        path for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp") if TEMPORARY.fullmatch(path.name)
+    ]
+    for parent, folders, names in os.walk(folder):
+        if LOCK_FILE in names and Path(parent) != folder:
+            folders.clear()
+            continue
+        found = [name for name in (*folders, *names) if TEMPORARY.fullmatch(name)]
+        leftovers += [Path(parent, name) for name in found]
+        folders[:] = [name for name in folders if name not in found]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_checksummed_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import platform
 import socket
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +19,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from mapet.config.base import Config
-from mapet.errors import Interrupted, MapetError, option
-from mapet.files import RUN_FILE, check_format, create_output_dir, is_empty_dir, read_json, write_json
+from mapet.errors import Interrupted, MapetError, option, os_error_hint
+from mapet.files import (
+    RUN_FILE,
+    check_format,
+    check_output_path,
+    create_output_dir,
+    is_empty_dir,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
+from mapet.lock import folder_lock
 
 log = logging.getLogger("mapet")
 SCHEMA_VERSION = 1
@@ -176,19 +186,62 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
 
     A resumed command keeps the earlier facts; if it had finished and now fails (other options, say), it stays finished. A command
     that fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options. Within
-    another `run_state` of the same folder nothing is done.
+    another `run_state` of the same folder, and on ranks other than 0, nothing is done. Meanwhile the folder's lock is held.
 
     Raises:
-        MapetError: the folder holds something and `config.resume` is not set; the folder stays as it is.
+        MapetError: the folder is not this command's (`_check_is_own`), cannot be written, or another process uses it; it stays as it is.
     """
-    key, can_start, existed = folder.absolute(), can_start_in(folder, command), folder.exists()
-    is_nested, can_write = key in _active_states, can_start or getattr(config, "resume", False)
-    if not can_write and not is_nested and is_first_rank():
-        hint = f", or resume with {option('resume', True)}" if "resume" in type(config).model_fields else ""
-        create_output_dir(folder, hint, create=False)  # raises
-    if is_nested or not can_write:
+    if folder.absolute() in _active_states or not is_first_rank():
         yield
         return
+    check_output_path(folder)
+    _check_is_own(folder, command, config)
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(folder_lock(folder, getattr(config, "take_over", False)))
+            except OSError as error:
+                hint = os_error_hint(error.errno)
+                raise MapetError(
+                    f"cannot write to {option('out')} {folder}: {error.strerror or error}{hint}",
+                    field="out",
+                    value=folder,
+                ) from None
+            _check_is_own(folder, command, config)  # again: another process may have written meanwhile
+            remove_temporaries(folder)
+            with _keep_run_file(folder, command, config):
+                yield
+    finally:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_is_own(folder: Path, command: str, config: Config) -> None:
+    """Check that a folder is new, empty, or to be resumed and from an earlier call of this command.
+
+    Raises:
+        MapetError: it holds other files; or it is to be resumed, but its run.json is missing, damaged or of another command.
+    """
+    if can_start_in(folder, command):
+        return
+    if not getattr(config, "resume", False):
+        hint = f", or resume with {option('resume', True)}" if "resume" in type(config).model_fields else ""
+        create_output_dir(folder, hint, create=False)  # raises
+    if not folder.is_dir() or not (folder / RUN_FILE).exists():
+        create_output_dir(folder, f": it has no {RUN_FILE} of `mapet {command}`", create=False)  # raises
+    if (written_by := RunState.read(folder).command) != command:
+        raise MapetError(
+            f"{folder} is a folder of `mapet {written_by}`, not of `mapet {command}`: choose another {option('out')}",
+            field="out", value=folder,
+        )  # fmt: skip
+
+
+@contextmanager
+def _keep_run_file(folder: Path, command: str, config: Config) -> Iterator[None]:
+    """Do what `run_state` says of run.json, in a folder whose lock is held."""
+    key, can_start = folder.absolute(), can_start_in(folder, command)
     state, previous = RunState(command=command, config=config.model_dump(mode="json")), try_read_state(folder)
     was_finished = not can_start and previous is not None and previous.status == "finished"
     if not can_start and previous is not None and previous.command == command:
@@ -209,10 +262,8 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
         del _active_states[key]
         if state.status != "failed" or not is_empty_dir(folder):
             state.write(folder)
-        elif is_first_rank():
+        else:
             (folder / RUN_FILE).unlink(missing_ok=True)
-            if not existed and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def record_end(folder: Path, error: BaseException | None = None) -> None:

@@ -142,7 +142,7 @@ def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
     argv[argv.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
     assert killed([*argv, "--resume"], 1, kills, 0.6) == kills
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
-    assert not list(tmp_path.glob("*.kmeans.safetensors"))
+    assert not list(tmp_path.rglob("*.kmeans.safetensors"))
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])

@@ -334,7 +334,7 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
         patch.setattr(KMeans, "_next_round", lambda *given: (plain(*given), stop(None))[0])
         with refused("k-means", kind=Interrupted):
             mapet.fit_tokenizer(out=tmp_path / "t", **options)
-    checkpoint = tmp_path / "t.kmeans.safetensors"
+    checkpoint = tmp_path / "t" / ".kmeans.safetensors"
     assert checkpoint.exists() and not (tmp_path / "t" / "visual_tokenizer.json").exists()
     with refused("resume=True"):
         mapet.fit_tokenizer(out=tmp_path / "t", **options)

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 from mapet.config.base import Config, build_config
 from mapet.config.shared import trust_teachers
 from mapet.errors import MapetError, option
+from mapet.files import check_output_path
 from mapet.run_state import is_first_rank, run_state
 
 P = ParamSpec("P")
@@ -114,6 +115,13 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R |
         The function's result; None on ranks that did not call it.
     """
     out = getattr(config, "out", None)
+    if out is not None and config.out_is_file and is_first_rank():
+        check_output_path(out)
+        if out.exists():
+            message = (
+                f"{option('out')} {out} already exists, and nothing is overwritten: choose another {option('out')}"
+            )
+            raise MapetError(message, field="out", value=out)
     state = nullcontext() if out is None or config.out_is_file else run_state(out, command_name(function), config)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         with state:

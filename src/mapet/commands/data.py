@@ -14,7 +14,7 @@ from mapet.data.prepared import write_prepared_dataset
 from mapet.data.sources import list_images
 from mapet.device import num_workers
 from mapet.errors import Interrupted
-from mapet.files import MANIFEST, atomic_write, create_output_dir
+from mapet.files import MANIFEST, atomic_write
 from mapet.training.estimate import estimate
 
 log = logging.getLogger("mapet")
@@ -50,8 +50,6 @@ def prepare(config: PrepareConfig) -> Path:
         Interrupted: the user interrupted it; complete shards are kept.
         MapetError: the folder is of other images or options; too many images are unreadable.
     """
-    if not (config.resume and (config.out / MANIFEST).exists()):
-        create_output_dir(config.out)
     images = HFStream(config.images) if config.streaming else list_images(config.images, config)
     total = images.num_rows if isinstance(images, HFStream) else len(images)
     unreadable = UnreadableImages(images, config.max_unreadable)

@@ -81,18 +81,17 @@ def _check_paths(config: ReportConfig) -> None:
     """Check the paths of `report` before anything is computed.
 
     Raises:
-        MapetError: `out` does not end in .html or exists, `figures_dir` is a file or a folder that is not empty, or two of `run` are
+        MapetError: `out` does not end in .html, `figures_dir` is a file or a folder that is not empty, or two of `run` are
             the same run (a `mapet run` folder and the `pretrain` folder in it are the same).
     """
     out, figures_dir = config.out, config.figures_dir
     folders = [pretrain_folder(folder).resolve() for folder in config.run]
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise MapetError(f"{option('out')} {out}: the name of the page must end in .html", field="out", value=out)
-    out_exists = out is not None and out.exists()
-    if out_exists or (figures_dir is not None and not is_empty_dir(figures_dir)):
-        name, path = ("out", out) if out_exists else ("figures_dir", figures_dir)
-        message = f"{option(name)} {path} already exists, and nothing is overwritten: choose another {option(name)}"
-        raise MapetError(message, field=name, value=path)
+    if figures_dir is not None and not is_empty_dir(figures_dir):
+        name = option("figures_dir")
+        message = f"{name} {figures_dir} already exists, and nothing is overwritten: choose another {name}"
+        raise MapetError(message, field="figures_dir", value=figures_dir)
     duplicates = [str(run) for run, folder in zip(config.run, folders, strict=True) if folders.count(folder) > 1]
     if duplicates:
         message = f"{option('run')}: {' and '.join(duplicates)} are the same run: give each run once"

@@ -160,6 +160,8 @@ class ResumeOptions(Config):
 
     resume: bool = False
     """Resume the interrupted work in `out`; what is finished is kept."""
+    take_over: bool = Field(default=False, exclude=True)  # of this call alone: not in config.yaml
+    """Take `out` over from a process that holds its lock but is gone, or shall end: within a minute it notices, and does."""
 
 
 class TrustTeacherOptions(Config):
@@ -291,7 +293,8 @@ def trust_teachers(given: Mapping[str, Any]) -> Iterator[None]:
             if isinstance(value, (Mapping, Config)):
                 yield from named(dict(value))
             elif name in ("teacher", "trust_teacher"):
-                yield from (text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str))
+                texts = value if isinstance(value, (list, tuple)) else [value]
+                yield from (text for text in texts if isinstance(text, str))
 
     before = os.environ.get(TRUSTED_TEACHERS)
     os.environ[TRUSTED_TEACHERS] = ",".join([before or "", *filter(is_custom_teacher, named(given))])

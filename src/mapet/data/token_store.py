@@ -94,6 +94,7 @@ class TokenShard:
             unreadable: row of the store -> reason, for the unreadable images among them.
         """
         if not self.num_done:  # the file is new: take its disk space now
+            self.path.parent.mkdir(exist_ok=True)
             files.create_array(self.path, self.dtype, self.shape)
             self.save_progress()
         self.ids[self.num_done : self.num_done + len(ids)] = ids
@@ -162,7 +163,6 @@ class TokenStore:
             "shard_size": SHARD_SIZE,
         }  # fmt: skip
         files.write_manifest(folder, KIND, FORMAT, manifest)
-        (folder / "shards").mkdir(exist_ok=True)
         return cls(folder, manifest, writable=True)
 
     @classmethod

@@ -29,7 +29,7 @@ from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, format_size, option, pluralize
-from mapet.files import MANIFEST, create_output_dir
+from mapet.files import KMEANS_STATE, MANIFEST, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
@@ -50,9 +50,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
 
     All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves.
 
-    The folder appears at the end, complete. Until then only k-means saves its state, in OUT.kmeans.safetensors beside `config.out`. With
-    `config.resume` and the same options, a fit that was stopped computes the features again and resumes at the last saved round of
-    k-means; a fit stopped before that restarts. The file is deleted once the tokenizer is saved.
+    The folder appears at the end, complete. Until then only k-means saves its state, in the hidden file OUT/.kmeans.safetensors, which the
+    tokenizer's folder replaces. With `config.resume` and the same options, a fit that was stopped computes the features again and resumes at
+    the last saved round of k-means; a fit stopped before that restarts.
 
     Returns:
         The tokenizer, with its teacher, on the device of `config`.
@@ -64,7 +64,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             images than ranks; the teacher's weights cannot be read or downloaded; or its features do not fit memory and disk.
     """
     create_output_dir(config.out, create=False)
-    checkpoint = config.out.with_name(f"{config.out.name}.kmeans.safetensors")
+    checkpoint = config.out / KMEANS_STATE
     if checkpoint.exists() and not config.resume:
         raise MapetError(f"{checkpoint} holds an interrupted fit: give {option('resume', True)} or delete the file")
     distributed.barrier()  # every rank has checked before one writes
@@ -100,8 +100,6 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     fit_config |= {"num_images": len(images), "num_patches": int(result.usage.sum())}
     fit_config |= {"images_hash": images.hash, "mean_squared_distance": result.error}
     tokenizer = save_tokenizer(config.out, teacher, result, fit_config)
-    if distributed.rank() == 0:
-        checkpoint.unlink(missing_ok=True)
     _warn_if_interpolated(teacher)
     log.info("saved %s", config.out)
     return tokenizer

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import threading
 import time
@@ -88,8 +87,6 @@ class RunFolder:
         # If other options alone differ (`device`, `log_interval`, ...), config.yaml stays as the run was started.
         if not config.resume or diff_configs(build_config(type(config), read_config(config_file)), config, not_paths):
             write_config(config, config_file)
-        for leftover in (path / "checkpoints").glob(".*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(leftover, ignore_errors=True)
         record(path, config=config, device=str(compute))
         self._handler = _LogFile(path / "train.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
