@@ -16,8 +16,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig, ExportConfig
+from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.dataset import ViewDataset, inference_batch_size
-from mapet.data.sources import list_images
+from mapet.data.dataset_stats import warn_outside_range
+from mapet.data.sources import list_as_trained, list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option, pluralize
@@ -36,7 +38,7 @@ from mapet.evaluation.imbalance import is_imbalanced
 from mapet.evaluation.inspection import render_neighbors
 from mapet.evaluation.protocols import PROTOCOLS, add_mce
 from mapet.files import atomic_write
-from mapet.models.backbone import load_backbone, save_backbone
+from mapet.models.backbone import get_read_options, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs, require_packages
 from mapet.models.pooling import pooled_features
 from mapet.reports.evaluation import format_metric, format_table, write_evaluation
@@ -94,13 +96,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
     scratch_dir = config.out or Path(tempfile.gettempdir())
     results: dict[str, dict[str, ProtocolResult]] = {}
+    read_options: ReadOptions | None = None
     try:
         for name, load in (loaders | controls).items():
             backbone = load()
             cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
             kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)
             log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", name, kind, image_size)
-            with closing(EvalContext(backbone, data, cache, config)) as context:
+            if name not in controls:  # these read the images as the last backbone does
+                read_options = backbone.read_options
+            own_data = data.read_as_trained(config, read_options)
+            warn_outside_range(own_data.test.images, backbone.channels)
+            with closing(EvalContext(backbone, own_data, cache, config)) as context:
                 if name not in controls:
                     _run_protocols(names, context, results, info)
                     continue
@@ -319,7 +326,7 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
     try:
         if not source:
             raise MapetError(f"no run.json in or above {config.backbone} names its training images")
-        images = list_images(source)
+        images = list_as_trained(source, AS_STORED, get_read_options(vit))
         chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
         dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
         views = dataset.batch([(0, index) for index in chosen]).images

@@ -8,8 +8,9 @@ from tqdm import tqdm
 from mapet.config.data import CheckConfig, PrepareConfig
 from mapet.config.shared import UnreadableImageOptions
 from mapet.data.dataset import UnreadableImages
-from mapet.data.dataset_stats import DatasetStats, compute_dataset_stats
+from mapet.data.dataset_stats import DatasetStats, compute_dataset_stats, find_value_range
 from mapet.data.hugging_face import HFStream
+from mapet.data.image_list import ImageList
 from mapet.data.prepared import write_prepared_dataset
 from mapet.data.sources import list_images
 from mapet.device import num_workers
@@ -26,7 +27,7 @@ def check(config: CheckConfig) -> DatasetStats:
     In this order: the report and the warnings of `DatasetStats`; the unreadable images, as lines `reason<TAB>id` in
     `config.out` if that is given; time and memory of training, measured on one batch, if `config.benchmark`.
     """
-    images = list_images(config.images, config)
+    images = find_value_range(list_images(config.images, config), config.channels)
     stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
     for line in stats.lines():
         log.info("%s", line)
@@ -50,7 +51,12 @@ def prepare(config: PrepareConfig) -> Path:
         Interrupted: the user interrupted it; complete shards are kept.
         MapetError: the folder is of other images or options; too many images are unreadable.
     """
-    images = HFStream(config.images) if config.streaming else list_images(config.images, config)
+    images: ImageList | HFStream
+    if config.streaming:
+        images = HFStream(config.images)
+    else:
+        images = find_value_range(list_images(config.images, config), config.channels)
+        config = config.model_copy(update={"value_range": images.read_options.value_range})
     total = images.num_rows if isinstance(images, HFStream) else len(images)
     unreadable = UnreadableImages(images, config.max_unreadable)
     try:

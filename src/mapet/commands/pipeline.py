@@ -138,7 +138,7 @@ def _plan(config: RunConfig) -> list[Stage]:
     is_training = (pretrained / CONFIG_FILE).exists()
     state = try_read_state(config.out)
     is_evaluated = state is not None and "evaluation" in state.results
-    has_labels = config.test_images is not None or list_images(config.images).classes() is not None
+    has_labels = config.test_images is not None or list_images(config.images, config).classes() is not None
     if not has_labels:
         reason = f"no labels (two class folders or more), and there are no {option('test_images')}"
         log.info("--- not evaluated: %s has %s", config.images, reason)
@@ -155,7 +155,7 @@ def _plan(config: RunConfig) -> list[Stage]:
             return Stage(command, build_config(command.config_type, in_section | shared | options), started, done)
 
     return [
-        stage(commands.fit_tokenizer, is_fitted, is_fitted, out=tokenizer, resume=True),
+        stage(commands.fit_tokenizer, is_fitted, is_fitted, out=tokenizer, resume=True, **dict(config.read_options)),
         stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, resume=True),
         stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training),
         stage(
@@ -211,7 +211,7 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
     """
     path = config.out / CONFIG_FILE
     if can_start_in(config.out, "run"):
-        images = list_images(config.images)  # fails before anything is written
+        images = list_images(config.images, config)  # fails before anything is written
         if config.resume:
             log.warning(STARTING_NEW_RUN, config.out)
         log.info("%s images in %s", f"{len(images):,}", config.images)
@@ -226,7 +226,7 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
     fitted = config.out / "tokenizer" / "visual_tokenizer.json"
     if old.images != config.images and fitted.is_file():
         old_hash = read_json(fitted, "tokenizer")["fit_config"].get("images_hash")
-        if old_hash == list_images(config.images).hash:
+        if old_hash == list_images(config.images, config).hash:
             mutable.add("images")
     if changed := diff_configs(old, config, frozenset(mutable)):
         with spell_in_section("pretrain", RunConfig.model_fields):

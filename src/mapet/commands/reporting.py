@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.config.pretraining import ReportConfig
+from mapet.config.shared import AS_STORED
 from mapet.config.tokenizers import InspectTokenizerConfig
 from mapet.data.image_list import ImageList
-from mapet.data.sources import list_images
+from mapet.data.sources import list_as_trained
 from mapet.data.token_store import TokenStore
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
@@ -113,7 +114,7 @@ def _draw_run(config: ReportConfig, folder: Path) -> tuple[dict[str, Image.Image
     """
     compute = ComputeContext.from_options(config.device, "float32")
     run = load_run(folder, with_teacher=True)
-    images = list_images(config.images or run.config.images)
+    images = list_as_trained(config.images or run.config.images, run.config, run.tokenizer.read_options)
     model, tokenizer = run.model.to(compute.device), run.tokenizer.to(compute.device)
     inspected = inspection.inspect_model(model, tokenizer, images, compute, NUM_SHOWN, run.config.patch_order)
     names = [images.id(index) for index in inspected.sample.image_index[:NUM_SHOWN].tolist()]
@@ -207,7 +208,7 @@ def _measure(
         MapetError: more than half of the images can't be read, or the token store (tokens on disk, written by `mapet tokenize`) was
             made from other images or by another tokenizer.
     """
-    images = list_images(config.images)
+    images = list_as_trained(config.images, AS_STORED, tokenizer.read_options)
     drawn = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sampler = inspection.TokenSampler(tokenizer, compute)
     num_patches = tokenizer.grid[0] * tokenizer.grid[1]

@@ -11,7 +11,7 @@ from mapet.config.tokenizers import Teachers
 from mapet.errors import option
 
 
-class CheckConfig(shared.ImageOptions, shared.ReadOptions, shared.InputOptions, shared.EncoderOptions):
+class CheckConfig(shared.ImageOptions, shared.InputOptions, shared.EncoderOptions):
     """Options of `check`."""
 
     out_is_file: ClassVar[bool] = True
@@ -25,7 +25,7 @@ class CheckConfig(shared.ImageOptions, shared.ReadOptions, shared.InputOptions, 
     """Text file for the list of unreadable images, one `reason<TAB>path` a line; none: no file."""
 
 
-class PrepareConfig(shared.ImageOptions, shared.ReadOptions, shared.UnreadableImageOptions, shared.ResumeOptions):
+class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.ResumeOptions):
     """Options of `prepare`."""
 
     out: Path
@@ -41,3 +41,5 @@ class PrepareConfig(shared.ImageOptions, shared.ReadOptions, shared.UnreadableIm
         """Yield a message for each option that is invalid or contradicts another one; `Config` makes the first an error."""
         if self.streaming and not self.images.startswith(shared.HF_PREFIX):
             yield f"{option('streaming', True)} is for hf:NAME, but {option('images')} is {self.images}, which is read in place: omit it"
+        if self.streaming and self.value_range == ():
+            yield f"{option('value_range')} percentiles needs all images, which {option('streaming', True)} does not keep: give LOW HIGH"

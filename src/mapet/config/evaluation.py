@@ -12,7 +12,9 @@ from mapet.errors import option
 Control = Literal["auto", "none", "pixels", "untrained", "hog", "kmeans", "teacher", "tokens"]
 
 
-class EvaluateConfig(shared.FeatureOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions):
+class EvaluateConfig(
+    shared.ReadOptions, shared.FeatureOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions
+):
     """Options of `evaluate`."""
 
     file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs"})
@@ -108,7 +110,7 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     """Fine-tuning runs, with `seed` and those after it, in OUT/seed-*; gives the mean accuracy and its interval (run.json)."""
 
 
-class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
+class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.TrainerConfig):
     """Options of `finetune`."""
 
     backbone: shared.BackboneSource
@@ -134,7 +136,9 @@ class FinetuneConfig(FinetuneOptions, shared.TrainerConfig):
             yield f"{option('resume', True)} needs the folder to resume: give {option('out')}"
 
 
-class EmbedConfig(shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
+class EmbedConfig(
+    shared.ReadOptions, shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
+):
     """Options of `embed`."""
 
     backbone: shared.BackboneSource
@@ -156,7 +160,7 @@ class EmbedConfig(shared.FeatureOptions, shared.UnreadableImageOptions, shared.D
     """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
-class PredictConfig(shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
+class PredictConfig(shared.ReadOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
     """Options of `predict`."""
 
     out_is_file: ClassVar[bool] = True

@@ -83,28 +83,43 @@ class FeatureOptions(Config):
         return f"pool {self.pool}, layers {' '.join(map(str, self.layers))}"
 
 
+def _percentiles_as_empty(value: Any) -> Any:
+    """Return () for 'percentiles', alone or as the only item of a list, and any other value unchanged; pydantic calls it before validation."""
+    return () if value in ("percentiles", ["percentiles"]) else value
+
+
 def _check_ranges(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Return values that are pairs of a lower and a higher number; raise ValueError otherwise."""
+    """Return values that are pairs of a lower and a higher number, perhaps none; raise ValueError otherwise."""
     if len(values) % 2 or any(low >= high for low, high in zip(values[::2], values[1::2], strict=True)):
         raise ValueError("must be pairs of numbers, the smaller one first, e.g. 0 4095")
     return values
 
 
+ValueRange = Annotated[tuple[FiniteFloat, ...], BeforeValidator(_percentiles_as_empty), AfterValidator(_check_ranges)]
+"""LOW HIGH of all channels or of each, in turn; empty, or 'percentiles': to be found from the images."""
+
+
 class ReadOptions(Config):
     """How image files are read. Stored with tokenizers and backbones, so that later images are read the same way."""
 
-    value_range: Annotated[tuple[FiniteFloat, ...], Field(min_length=2), AfterValidator(_check_ranges)] | None = None
+    value_range: ValueRange | None = None
     """Values that become 0 and 255 in images of more than 8 bits, which are clipped beyond: LOW HIGH for all channels or a pair for each,
-    e.g. 0 4095 for 12 bits, -1000 400 for lungs in a CT; auto: the upper 8 of 16 bits, values of other types are unreadable images."""
+    e.g. 0 4095 for 12 bits, -1000 400 for lungs in a CT; percentiles: found from a sample; auto: the tokenizer's or backbone's, without one
+    the upper 8 of 16 bits, values of other types are unreadable images."""
     bands: tuple[PositiveInt, ...] | None = None
-    """Bands to read as channels, counted from 1, e.g. 4 3 2; auto: all, which must be as many as channels."""
+    """Bands to read as channels, counted from 1, e.g. 4 3 2; auto: the tokenizer's or backbone's, without one all, as many as channels."""
     pages: Literal["first", "each", "bands"] | None = None
-    """Of files with several pages, slices or frames: the first, each as an image, or all as the bands of one; auto: they are unreadable."""
+    """Of files with several pages, slices or frames: the first, each as an image, or all as the bands of one; auto: as the tokenizer or backbone had
+    them, without one they are unreadable."""
 
     @property
     def read_options(self) -> "ReadOptions":
         """These options alone, of a config that has others, too."""
         return ReadOptions(**{name: getattr(self, name) for name in ReadOptions.model_fields})
+
+    def override(self, other: "ReadOptions") -> "ReadOptions":
+        """Return these options with those of the other that are given, i.e. not None."""
+        return self.model_copy(update={name: value for name, value in other.read_options if value is not None})
 
     def check_channels(self, channels: int) -> None:
         """Raise MapetError unless the options give this number of channels."""
@@ -121,7 +136,7 @@ AS_STORED = ReadOptions()
 """All bands of the only page, with 8-bit values as they are and the upper 8 of 16 bits."""
 
 
-class ImageOptions(Config):
+class ImageOptions(ReadOptions):
     """Images, labeled or not."""
 
     images: Source

@@ -17,6 +17,12 @@ from mapet.errors import format_size, option, pluralize
 log = logging.getLogger("mapet")
 NUM_SHOWN = 10
 """Class names and unreadable images that a report lists, and images that `warn_from_sample` reads."""
+NUM_SAMPLED, NUM_VALUES = 256, 20_000
+"""Images that a range of values is found from, and values of each band that are taken of an image."""
+PERCENTILES = 0.1, 99.9
+"""Points of the values of a band that are the ends of its range."""
+MAX_OUTSIDE = 0.01
+"""Fraction of an image's values that may lie outside the range it is read with."""
 MIN_IMAGES = 100
 """Fewer images give a warning."""
 MIN_LEVELS = 128
@@ -135,7 +141,7 @@ def count_levels(infos: list[ImageInfo]) -> tuple[int, str]:
     num_levels = (high >> 8) - (low >> 8) + 1
     return num_levels, (
         f"16-bit images hold values of about {low:,} to {high:,}, of which the upper 8 bits are used: {num_levels} of 256 levels. "
-        f"`mapet prepare --value-range {low} {high}` makes use of all"
+        f"--value-range {low} {high} makes use of all"
     )
 
 
@@ -157,6 +163,67 @@ def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, in
         log.warning(f"all %d images looked at are %s ({option('channels', 1)})", len(infos), ONE_CHANNEL)
     if warning := upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"):
         log.warning("%s", warning)
+
+
+def find_value_range(images: ImageList, channels: int) -> ImageList:
+    """Return the list read by a range: if its range is to be found, the 0.1 % and 99.9 % points of each band, over `NUM_SAMPLED` images.
+
+    Values without data do not count. Where no image that was looked at has more than 8 bits, there is no range.
+
+    Args:
+        images: the list, whose `read_options` say whether to find one.
+        channels: to read the images with.
+    """
+    if images.read_options.value_range != ():
+        return images
+    samples = []
+    for image in _sample_deep_images(images, channels, NUM_SAMPLED):
+        values = image.stored_values().reshape(-1, image.stored_values().shape[2])
+        samples.append(values[:: max(1, len(values) // NUM_VALUES)])
+    found = None
+    if samples:
+        points = np.nanpercentile(np.concatenate(samples), PERCENTILES, axis=0).T.astype(float)  # (bands, 2)
+        points[:, 1] = np.maximum(points[:, 1], np.nextafter(points[:, 0], np.inf))  # of a band of one value
+        found = tuple(points.flatten().tolist())
+    text = " ".join(f"{value:g}" for value in found) if found else "none, as they have 8 bits"
+    log.info("range of values of %d images looked at: %s", len(samples), text)
+    return images.read_as(images.read_options.model_copy(update={"value_range": found}))
+
+
+def warn_outside_range(images: ImageList, channels: int) -> None:
+    """Warn if, among `NUM_SHOWN` images, one has more than 1 % of its values outside the range that they are read with."""
+    worst: tuple[float, str] | None = None
+    count, sample = 0, list(_sample_deep_images(images, channels, NUM_SHOWN))
+    for image in sample:
+        values = image.stored_values()
+        assert image.ranges is not None
+        low, high = image.ranges.T
+        outside = float(((values < low) | (values > high)).sum() / max(1, np.isfinite(values).sum()))
+        count += outside > MAX_OUTSIDE
+        if outside > MAX_OUTSIDE and (worst is None or outside > worst[0]):
+            points = np.nanpercentile(values, PERCENTILES)
+            worst = outside, f"up to {outside:.1%} of their values, which are of about {points[0]:g} to {points[1]:g}"
+    if worst:
+        given = " ".join(f"{value:g}" for value in images.read_options.value_range or ())
+        log.warning(
+            "%d of %d images looked at have more than %.0f %% of their values outside the range %s that they are read with: %s",
+            count, len(sample), 100 * MAX_OUTSIDE, given, worst[1],
+        )  # fmt: skip
+
+
+def _sample_deep_images(images: ImageList, channels: int, count: int) -> Iterator[DecodedImage]:
+    """Yield the readable images of more than 8 bits, of at most `count` at equal distances; a range to be found is set to any."""
+    if images.read_options.value_range == ():
+        images = images.read_as(images.read_options.model_copy(update={"value_range": (0.0, 1.0)}))
+    if not images.read_options.value_range:
+        return
+    for index in np.unique(np.linspace(0, len(images) - 1, count).astype(int)).tolist():
+        try:
+            image = images.open(index, channels)
+        except ImageDecodeError:  # reported when it is used
+            continue
+        if isinstance(image, DecodedImage) and image.ranges is not None and image.valid(image.array).any():
+            yield image
 
 
 def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> DatasetStats:
@@ -181,7 +248,7 @@ def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo 
     value_range = None
     if isinstance(image, DecodedImage) and image.bits == 16 and image.ranges is None:
         valid = image.array[image.valid(image.array)]
-        low, high = np.percentile(valid, (0.1, 99.9)) if valid.size else (0, 0)
+        low, high = np.percentile(valid, PERCENTILES) if valid.size else (0, 0)
         value_range = int(low), int(high)
     # Every 16th pixel is compared first: that is enough for most images in color.
     gray = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))

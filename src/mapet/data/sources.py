@@ -13,7 +13,7 @@ from mapet.data.image_list import ImageFiles, ImageList, split_pages
 from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.readers.open import EXTENSIONS
 from mapet.data.tar_shards import TarImageList
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import MANIFEST
 
 
@@ -36,6 +36,38 @@ def list_images(source: str | Path, options: ReadOptions = AS_STORED) -> ImageLi
     """
     images = _list_source(source).read_as(options.read_options)
     return split_pages(images) if options.pages == "each" else images
+
+
+def list_as_trained(source: str | Path, config: ReadOptions, trained: ReadOptions | None) -> ImageList:
+    """List images for a tokenizer or backbone: they are read as its training images were, but for what `config` gives.
+
+    Args:
+        source, and errors beside those below: see `list_images`.
+        config: of the command.
+        trained: how the training images were read; None: unknown.
+
+    Raises:
+        MapetError: the images are prepared with another range of values, and `config` does not give one.
+    """
+    return read_as_trained(list_images(source, (trained or AS_STORED).override(config)), config, trained)
+
+
+def read_as_trained(images: ImageList, config: ReadOptions, trained: ReadOptions | None) -> ImageList:
+    """Return the list, read as `list_as_trained` says; see there for arguments and errors."""
+    expected = (trained or AS_STORED).override(config)
+    images = images.read_as(expected)
+    declared = images.read_options.value_range  # prepared images have their own
+    if trained is not None and trained.value_range and config.value_range is None and declared != trained.value_range:
+        ranges = [
+            " ".join(f"{value:g}" for value in values) if values else "none"
+            for values in (declared, trained.value_range)
+        ]
+        found = (
+            f"{images.root} was prepared with the range of values {ranges[0]}, the model was trained with {ranges[1]}"
+        )
+        fix = f"prepare the images with {option('value_range')} {ranges[1]}, or give that option here to use them as they are"
+        raise MapetError(f"{found}: {fix}", field="value_range", value=declared)
+    return images
 
 
 def _list_source(source: str | Path) -> ImageList:

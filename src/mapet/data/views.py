@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mapet.config.base import Config
-from mapet.config.shared import ViewOptions
+from mapet.config.shared import AS_STORED, ReadOptions, ViewOptions
 from mapet.data.readers.image import REDUCTIONS, Box, ImageDecodeError, LazyImage
 from mapet.data.readers.open import open_image
 from mapet.errors import MapetError, option
@@ -206,17 +206,19 @@ class ImageTransform:
     Attributes:
         image_size: (H, W) of the model's input, pixels.
         channels: C of the model's input.
+        read_options: how files are read.
     """
 
     image_size: tuple[int, int]
     channels: int
+    read_options: ReadOptions = AS_STORED
 
     def __call__(self, image: Image.Image | str | Path | Sequence[Image.Image | str | Path]) -> Float[Tensor, "..."]:
         """Read the largest centered crop of each image, resize it (antialiased bicubic) and normalize it.
 
         Args:
             image: an image of Pillow of any mode (gray, palette, transparent, CMYK, 16 bits, ...), the path of an image file, or a
-                sequence of both. A model of other than 1 or 3 channels takes paths of `.npy` arrays.
+                sequence of both. A model of other than 1 or 3 channels takes paths.
 
         Returns:
             (C, H, W) of one image, (B, C, H, W) of a sequence, float32 on the CPU.
@@ -227,7 +229,7 @@ class ImageTransform:
         if not isinstance(image, (Image.Image, str, Path)):
             return torch.stack([self(each) for each in image])
         try:
-            opened = open_image(image, self.channels)
+            opened = open_image(image, self.channels, self.read_options)
             view = sample_view(ViewSpec(image_size=self.image_size), opened.size, key=0, view_index=0)
             pixels = render_view(opened, view, self.image_size)
         except ImageDecodeError as error:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tqdm import tqdm
 
+from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.sources import list_images
 from mapet.errors import MapetError, option, pluralize
@@ -222,12 +223,15 @@ def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[
     return train, test
 
 
-def load_train_test(train: str | Path, test: str | Path | None) -> tuple[LabeledSet, LabeledSet]:
+def load_train_test(
+    train: str | Path, test: str | Path | None, options: ReadOptions = AS_STORED
+) -> tuple[LabeledSet, LabeledSet]:
     """List labeled training and test images; see `LabeledSet.from_images` for labels.
 
     Args:
         train: source of the training images, e.g. a folder of class folders.
         test: source of the test images; None: a fifth of the training images is held out, the same one every time.
+        options: how the images are read.
 
     Returns:
         (training set, test set) with the same classes.
@@ -236,7 +240,7 @@ def load_train_test(train: str | Path, test: str | Path | None) -> tuple[Labeled
         MapetError: a source is missing or has no labels, the two have different classes, or there are too few images to split.
     """
     # Both are listed before labels are read, so that a missing folder is reported first.
-    lists = [list_images(source) for source in (train, test) if source is not None]
+    lists = [list_images(source, options) for source in (train, test) if source is not None]
     return _pair_or_split([LabeledSet.from_images(images) for images in lists], (train, test))
 
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 from mapet import files
 from mapet.config.evaluation import EmbedConfig
 from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, position_batches
+from mapet.data.dataset_stats import warn_outside_range
 from mapet.data.image_list import ImageList
-from mapet.data.sources import list_images
+from mapet.data.sources import list_as_trained
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, install_hint, option
@@ -57,10 +58,11 @@ def embed(config: EmbedConfig) -> Path:
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
     compute = ComputeContext.from_options(config.device, config.precision)
-    images = list_images(config.images)
     model_options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
     vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
     backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
+    images = list_as_trained(config.images, config, backbone.read_options)
+    warn_outside_range(images, backbone.channels)
     settings = {"layers": resolve_layers(vit, config.layers), "pool": config.pool}
     manifest = compute_rows(
         config, images, backbone, lambda pixels: _compute_features(config, backbone, pixels), settings, "features"

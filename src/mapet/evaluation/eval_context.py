@@ -1,7 +1,7 @@
 """What protocols take and return: a backbone with its data, and metrics with their intervals; and the table of protocols."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig
-from mapet.data.sources import list_images
+from mapet.config.shared import ReadOptions
+from mapet.data.sources import list_images, read_as_trained
 from mapet.errors import MapetError, option
 from mapet.evaluation import datasets
-from mapet.evaluation.datasets import DetectionSet, LabeledSet, SegmentationSet
+from mapet.evaluation.datasets import AnyImageSet, DetectionSet, LabeledSet, SegmentationSet
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.imbalance import Statistic, balanced_accuracy, imbalance_statistics, name_rows
 from mapet.evaluation.logistic_regression import LogisticProbe, fit_logistic
@@ -227,7 +228,7 @@ class EvalData:
                 different classes, or images are too few to hold some out.
         """
         root, test_root = Path(config.images), None if config.test_images is None else Path(config.test_images)
-        if config.ood_images and not list_images(config.images).classes():
+        if config.ood_images and not list_images(config.images, config).classes():
             classes = f"{option('images')} must have class folders, CLASS/image.jpg, for {option('ood_images')}, which have the same classes"
             raise MapetError(
                 f"{classes}: {root} has none. Sort its images into such folders, or omit {option('ood_images')}"
@@ -245,13 +246,28 @@ class EvalData:
         if config.test_seg_masks is not None or config.ignore_labels:
             wrong = f"{option('test_seg_masks')} and {option('ignore_labels')} are for masks of the training images, but {root} has no masks"
             raise MapetError(f"{wrong}: give {option('seg_masks')}")
-        images = list_images(config.images)
+        images = list_images(config.images, config)
         if images.classes():
-            ood = {name: LabeledSet.from_images(list_images(source)) for name, source in config.ood_images.items()}
-            return cls(*datasets.load_train_test(config.images, config.test_images), ood)
+            ood = {
+                name: LabeledSet.from_images(list_images(source, config)) for name, source in config.ood_images.items()
+            }
+            return cls(*datasets.load_train_test(config.images, config.test_images, config), ood)
         if config.test_images is None:
             return cls(*datasets.split_train_test(LabeledSet.without_labels(images)))
-        return cls(LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images)))
+        return cls(
+            LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images, config))
+        )
+
+    def read_as_trained(self, config: EvaluateConfig, trained: ReadOptions | None) -> "EvalData":
+        """Return the data, whose images are read as a backbone's training images were, but for what `config` gives; see `list_as_trained`."""
+
+        def convert(part: AnyImageSet) -> AnyImageSet:
+            return replace(part, images=read_as_trained(part.images, config, trained))
+
+        ood = {name: convert(part) for name, part in self.ood.items()}
+        masks = self.masks and (convert(self.masks[0]), convert(self.masks[1]))
+        boxes = self.boxes and (convert(self.boxes[0]), convert(self.boxes[1]))
+        return EvalData(convert(self.train), convert(self.test), ood, masks, boxes)
 
     def has(self, requirement: Requirement) -> bool:
         """Return whether the data is there that a protocol requires: 'images' always, the others if `load` has read them."""

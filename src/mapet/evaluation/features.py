@@ -15,14 +15,14 @@ from jaxtyping import Float, Int, UInt8
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.config.shared import DEFAULT_POOL, Pool
+from mapet.config.shared import DEFAULT_POOL, Pool, ReadOptions
 from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, readable_batches
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, format_size, option
 from mapet.evaluation.datasets import LabeledSet
-from mapet.models.backbone import HUB_PREFIXES, create_timm_model, load_backbone, prepare_for_device
+from mapet.models.backbone import HUB_PREFIXES, create_timm_model, get_read_options, load_backbone, prepare_for_device
 from mapet.models.pooling import forward_intermediates, pool_tokens, resolve_layers
 from mapet.tokenizers.feature_store import FeatureStore
 
@@ -139,6 +139,11 @@ class BackboneWrapper:
         """
         size: tuple[int, int] = vit.patch_embed.img_size
         return cls(name, vit, compute, size, vit.in_chans, *input_mean_std(vit.in_chans))
+
+    @property
+    def read_options(self) -> ReadOptions | None:
+        """How the model's training images were read; None: unknown, or as they are stored."""
+        return get_read_options(self.model)
 
     @property
     def patch_size(self) -> int:

@@ -17,8 +17,10 @@ from jaxtyping import Float
 
 from mapet import files
 from mapet.config.evaluation import EmbedConfig, PredictConfig
+from mapet.config.shared import ReadOptions
+from mapet.data.dataset_stats import warn_outside_range
 from mapet.data.image_list import ImageList
-from mapet.data.sources import list_images
+from mapet.data.sources import list_as_trained
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, install_hint, option
 from mapet.evaluation.calibration import probabilities
@@ -58,7 +60,9 @@ def predict(config: PredictConfig) -> Path:
     if not backbone.classes:
         wrong = f"{config.backbone} is no fine-tuned model: it has no classifier with names of classes"
         raise MapetError(f"{wrong}. Make one with `mapet finetune`", field="backbone", value=config.backbone)
-    temperature, images = read_temperature(config.backbone), list_images(config.images)
+    temperature = read_temperature(config.backbone)
+    images = list_as_trained(config.images, config, backbone.read_options)
+    warn_outside_range(images, backbone.channels)
     if temperature is None:
         log.warning(
             "the probabilities are not calibrated: %s was fine-tuned with too few held-out images, or by another program",
@@ -71,7 +75,7 @@ def predict(config: PredictConfig) -> Path:
         return logits.cpu().numpy()
 
     folder = out.with_name(f".{out.name}.partial")
-    options = config.model_dump(include={"backbone", "images", "max_unreadable", "resume"})
+    options = config.model_dump(include={"backbone", "images", "max_unreadable", "resume", *ReadOptions.model_fields})
     manifest = compute_rows(EmbedConfig(**options, out=folder), images, backbone, compute_logits, {}, "predictions")
     predictions = Predictions(
         images, files.read_array(folder / ROWS, "r"), manifest["unreadable"], backbone.classes, temperature

@@ -13,6 +13,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 
+from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.views import ImageTransform, input_mean_std
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, check_divisible, did_you_mean, first_line, format_size, option, shell_command
@@ -34,7 +35,9 @@ SOURCES = "a run, a folder of timm or Hugging Face, a weights file, or timm:NAME
 HUGGING_FACE_TYPES = ("vit", "vit_mae", "vit_msn", "dinov2", "dinov2_with_registers", "ijepa", "beit")
 """Values of `model_type` in a config.json of transformers that can be loaded."""
 Model = TypeVar("Model", bound=torch.nn.Module)
-DROPPED_CFG_KEYS = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+READ_OPTIONS = "read_options"
+"""Key of a ViT's `pretrained_cfg`, and of the config.json beside timm's own keys: the `ReadOptions` of its training images."""
+DROPPED_CFG_KEYS = (READ_OPTIONS, "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """Entries of timm's `pretrained_cfg` about the published weights of an architecture, which aren't true of other weights."""
 KEYWORD_ALIASES = {
     "width": "embed_dim", "dim": "embed_dim", "hidden_size": "embed_dim", "layers": "depth", "num_layers": "depth", "heads": "num_heads",
@@ -129,19 +132,36 @@ def save_backbone(
         classes: names of the classifier's classes, in the order of its logits, if they are known.
         temperature: that calibrates the classifier's probabilities (`fit_temperature`); None: they are not calibrated.
     """
+    read_options = get_read_options(vit)
     vit.pretrained_cfg = {key: value for key, value in vit.pretrained_cfg.items() if key not in DROPPED_CFG_KEYS}
     config: dict[str, Any] = {"label_names": list(classes)}
+    if read_options is not None:
+        config[READ_OPTIONS] = read_options.model_dump(mode="json")
     if temperature is not None:
         config["temperature"] = temperature
     args = {"drop_path_rate": 0.0}  # the rate is not the backbone's, but a run's
     options = {"model_config": config, "model_args": args, "data_config": _data_config(vit)}
     with atomic_write(folder) as temporary, translate_write_errors(folder):
         save_for_hf(vit, str(temporary), safe_serialization=True, **options)
+    set_read_options(vit, read_options or AS_STORED)
 
 
 def read_temperature(source: str | Path) -> float | None:
     """Return the temperature that calibrates the probabilities of a fine-tuned model, see `save_backbone`; None: it has none."""
     return read_json(find_backbone(Path(source)) / "config.json", "model folder").get("temperature")
+
+
+def set_read_options(vit: VisionTransformer, options: ReadOptions) -> None:
+    """Keep with a ViT how its training images are read; `save_backbone` writes it, unless they are read as they are stored."""
+    vit.pretrained_cfg = {name: value for name, value in vit.pretrained_cfg.items() if name != READ_OPTIONS}
+    if options != AS_STORED:
+        vit.pretrained_cfg[READ_OPTIONS] = options.model_dump(mode="json")
+
+
+def get_read_options(model: torch.nn.Module) -> ReadOptions | None:
+    """Return how a model's training images were read; None: unknown, as of models of others, or as they are stored."""
+    options = getattr(model, "pretrained_cfg", {}).get(READ_OPTIONS)
+    return None if options is None else ReadOptions(**options)
 
 
 def _data_config(vit: VisionTransformer) -> dict[str, Any]:
@@ -170,7 +190,7 @@ def load(source: str | Path, pretrained: bool = True, **overrides: Any) -> tuple
         MapetError: there is no such model, or it cannot be loaded; see `load_backbone`.
     """
     vit = load_backbone(source, pretrained, **overrides).eval()
-    return vit, ImageTransform(vit.patch_embed.img_size, vit.in_chans)
+    return vit, ImageTransform(vit.patch_embed.img_size, vit.in_chans, get_read_options(vit) or AS_STORED)
 
 
 def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any) -> VisionTransformer:
@@ -213,6 +233,7 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
             module.eps = checkpoint.eps
     # The input that the weights take once `adapt_state_dict` has adapted them, which may not be the source's.
     vit.pretrained_cfg = vit.default_cfg = vit.pretrained_cfg | _data_config(vit)
+    set_read_options(vit, ReadOptions(**(checkpoint.read_options or {})))
     if pretrained:
         if "num_classes" in overrides:  # also if the source has as many classes: they are others
             without_head = {name: t for name, t in checkpoint.state_dict.items() if not name.startswith("head.")}
@@ -312,7 +333,7 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
     except Exception as error:
         reason = f"its config.json is not one that timm writes for a ViT ({error})"
         raise MapetError(f"cannot load the backbone {folder}: {reason}. Expected {SOURCES}") from None
-    return _from_timm(f"local-dir:{folder}", vit, weights, {})
+    return _from_timm(f"local-dir:{folder}", vit, weights, {})._replace(read_options=config.get(READ_OPTIONS))
 
 
 def check_model_name(name: str, suggested: list[str]) -> None:

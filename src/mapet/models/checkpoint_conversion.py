@@ -79,6 +79,7 @@ class PretrainedViT(NamedTuple):
         eps: of its norms; None: the default of `model`.
         unexpected_keys: names in the file that are no part of the encoder.
         unsupported: parts of the encoder that a plain ViT lacks: without them it computes something else.
+        read_options: how its training images were read, as mapet's model folders have it; None: unknown.
     """
 
     state_dict: Weights
@@ -89,6 +90,7 @@ class PretrainedViT(NamedTuple):
     eps: float | None = None
     unexpected_keys: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
+    read_options: dict[str, Any] | None = None
 
 
 def from_state_dict(

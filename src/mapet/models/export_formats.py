@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mapet.data.views import input_mean_std
 from mapet.errors import MapetError, install_hint, option
 from mapet.files import write_tensors
-from mapet.models.backbone import save_backbone
+from mapet.models.backbone import READ_OPTIONS, get_read_options, save_backbone
 from mapet.models.checkpoint_conversion import fold_layer_scale
 
 ONNX_OPSET = 20
@@ -336,6 +336,8 @@ def _trace(vit: VisionTransformer, export: Callable[..., Any], *files: Path, **o
 def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None:
     """Write model.onnx, which takes any batch size: `pixel_values` (batch, C, H, W), normalized -> `features` and, if any, `logits`.
 
+    Its metadata hold how the training images were read (`get_read_options`), if that is known.
+
     Args:
         vit: with or without a classifier; it is put into evaluation mode.
         folder: is created.
@@ -345,6 +347,12 @@ def write_onnx(vit: VisionTransformer, folder: Path, classes: list[str]) -> None
     options = {"dynamo": True, "external_data": False, "opset_version": ONNX_OPSET, "verbose": False}
     outputs = OUTPUT_NAMES[: 2 if vit.num_classes else 1]
     _trace(vit, torch.onnx.export, folder / "model.onnx", input_names=["pixel_values"], output_names=outputs, **options)
+    if (read_options := get_read_options(vit)) is not None:
+        import onnx
+
+        model = onnx.load(folder / "model.onnx")
+        onnx.helper.set_model_props(model, {READ_OPTIONS: read_options.model_dump_json()})
+        onnx.save(model, folder / "model.onnx")
 
 
 def read_onnx(folder: Path) -> dict[str, Forward]:

@@ -22,9 +22,9 @@ from mapet.data.dataset import (
     inference_batch_size,
     readable_batches,
 )
-from mapet.data.dataset_stats import warn_from_sample
+from mapet.data.dataset_stats import find_value_range, warn_from_sample, warn_outside_range
 from mapet.data.image_list import ImageList
-from mapet.data.sources import list_images
+from mapet.data.sources import list_as_trained, list_images
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
@@ -69,8 +69,9 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         raise MapetError(f"{checkpoint} holds an interrupted fit: give {option('resume', True)} or delete the file")
     distributed.barrier()  # every rank has checked before one writes
     compute = ComputeContext.from_options(config.device, config.precision)
-    images = list_images(config.images)
+    images = find_value_range(list_images(config.images, config), config.channels)
     if distributed.rank() == 0:
+        warn_outside_range(images, config.channels)
         warn_from_sample(images, config.channels, config.image_size)
     unreadable = UnreadableImages(images, config.max_unreadable)
     teacher = make_teacher(config, compute.precision).to(compute.device)
@@ -99,7 +100,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             result = fit_fsq(points, levels) if levels else fit_kmeans(points, vocab_size, config, compute, checkpoint)
     fit_config |= {"num_images": len(images), "num_patches": int(result.usage.sum())}
     fit_config |= {"images_hash": images.hash, "mean_squared_distance": result.error}
-    tokenizer = save_tokenizer(config.out, teacher, result, fit_config)
+    tokenizer = save_tokenizer(config.out, teacher, result, fit_config, images.read_options)
     _warn_if_interpolated(teacher)
     log.info("saved %s", config.out)
     return tokenizer
@@ -333,10 +334,12 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
             tokenizer cannot be loaded (see `load_tokenizer`); too many images are unreadable; a feature is NaN or infinite.
     """
     compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
-    images = list_images(config.images)
     tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
+    images = list_as_trained(config.images, config, tokenizer.read_options)
     teacher = tokenizer.teacher
     assert teacher is not None  # `load_tokenizer` makes it unless told not to
+    if distributed.rank() == 0:
+        warn_outside_range(images, teacher.settings["channels"])
     store = _open_store(config, images, tokenizer)
     dataset = ViewDataset(images, store.view_spec, teacher.settings["channels"], teacher_size=teacher.image_size)
     unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))  # an earlier call's count, too

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from mapet import distributed, files
 from mapet.config.shared import (
+    AS_STORED,
     HUB_PREFIXES,
+    ReadOptions,
     format_teachers,
     is_custom_teacher,
     non_default_options,
@@ -368,6 +370,7 @@ class Tokenizer(nn.Module):
         vocab_size: V, number of codes.
         grid: (rows, columns) of patches.
         student_size: (H, W) of the student's input, pixels.
+        read_options: how the images that it was fitted to were read.
     """
 
     grid: tuple[int, int]
@@ -381,6 +384,7 @@ class Tokenizer(nn.Module):
         self.vocab_size = quantizer.vocab_size
         self.grid = tuple(description["grid"])
         self.student_size = tuple(description["teacher"]["student_size"])
+        self.read_options = ReadOptions(**description.get("read_options", {}))
 
     @torch.inference_mode()
     def forward(self, images: UInt8[Tensor, "B C h w"]) -> Int[Tensor, "B rows columns"]:
@@ -401,7 +405,9 @@ class Tokenizer(nn.Module):
         return self.quantizer(channels_last.flatten(0, 2)).view(channels_last.shape[:3])
 
 
-def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: dict[str, Any]) -> Tokenizer:
+def save_tokenizer(
+    folder: Path, teacher: Teacher, fit: FitResult, fit_config: dict[str, Any], read_options: ReadOptions = AS_STORED
+) -> Tokenizer:
     """Write the codebook and `visual_tokenizer.json` into a new folder, all or nothing, and return the tokenizer. Only rank 0 writes.
 
     Args:
@@ -410,6 +416,7 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
             recorded. Those of a run, and what was fitted to the images, are.
         fit: the quantizer, and the number of patches of each code, which is saved beside it.
         fit_config: JSON values that record how the quantizer was fitted; outside the hash.
+        read_options: how the images were read; in the hash, unless they were read as they are stored.
     """
     quantizer, stats = fit.quantizer, CodebookStats.from_counts(fit.usage, fit.relative_error)
     log.info("codebook: %s", stats)
@@ -418,6 +425,8 @@ def save_tokenizer(folder: Path, teacher: Teacher, fit: FitResult, fit_config: d
         "teacher": {key: value for key, value in teacher.settings.items() if key != "checkpoint"}, "weights_hash": teacher.weights_hash,
         "quantizer": quantizer.settings, "quantizer_hash": hash_weights(quantizer.state_dict()),
     }  # fmt: skip
+    if read_options != AS_STORED:
+        identity["read_options"] = read_options.model_dump(mode="json")
     interpolated = teacher.native_grid not in (None, teacher.grid)
     description = identity | {
         "format_version": FORMAT, "hash": files.canonical_hash(identity), "teacher": teacher.settings,

@@ -231,6 +231,12 @@ class DecodedImage(LazyImage):
         valid = np.isfinite(values)
         return valid if self.nodata is None else valid & (values != self.nodata)
 
+    def stored_values(self) -> Num[np.ndarray, "H W B"]:
+        """Return the values that a range would map, of the selected bands, without a transparency; those without data are NaN."""
+        values = self.array[..., :-1] if self.alpha else self.array
+        values = values if self.selected is None else values[..., self.selected]
+        return np.where(self.valid(values), values.astype(np.promote_types(values.dtype, np.float32)), np.nan)
+
     def _describe_values(self) -> str:
         """Return the smallest and the largest value as text, without those that hold no data."""
         values = self.array[self.valid(self.array)]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mapet.config.evaluation import FinetuneConfig
 from mapet.data.dataset import Batch, ViewDataset
+from mapet.data.dataset_stats import warn_outside_range
+from mapet.data.sources import read_as_trained
 from mapet.data.views import ViewSpec, fork_rng, normalize, rand_augment
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
@@ -23,7 +25,7 @@ from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_tes
 from mapet.evaluation.eval_context import MetricValue, measure_classifier
 from mapet.evaluation.features import BackboneWrapper, CacheConfig
 from mapet.evaluation.imbalance import METRIC_NAMES, score_classifier
-from mapet.models.backbone import load_backbone, prepare_for_device, save_backbone
+from mapet.models.backbone import get_read_options, load_backbone, prepare_for_device, save_backbone, set_read_options
 from mapet.training.task import StepOutput, Task
 
 log = logging.getLogger("mapet")
@@ -82,6 +84,11 @@ class FinetuningTask(Task[FinetuneConfig, VisionTransformer, FinetuneResult]):
         self.train, self.test = _load_labeled_images(config)
         torch.manual_seed(config.seed)
         self.model = self.build_model()
+        trained = get_read_options(self.model)
+        self.train = replace(self.train, images=read_as_trained(self.train.images, config, trained))
+        self.test = replace(self.test, images=read_as_trained(self.test.images, config, trained))
+        set_read_options(self.model, self.train.images.read_options)
+        warn_outside_range(self.train.images, self.model.in_chans)
         self.model_ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.stateful = {"model_ema": self.model_ema} if self.model_ema is not None else {}
         size: tuple[int, int] = self.model.patch_embed.img_size
@@ -217,7 +224,7 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
     Raises:
         MapetError: there are no labels, or a class has too few images.
     """
-    train, test = load_train_test(config.images, config.test_images)
+    train, test = load_train_test(config.images, config.test_images, config)
     if config.labels_per_class:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))

@@ -17,7 +17,7 @@ from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
 from mapet.data.dataset import Batch, ViewDataset
 from mapet.data.dataset_stats import few_images_warning
-from mapet.data.sources import list_images
+from mapet.data.sources import list_as_trained
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import ComputeContext, free_memory
@@ -25,7 +25,14 @@ from mapet.errors import format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.imbalance import METRIC_NAMES
 from mapet.evaluation.probes import online_probe, sample_for_probe
-from mapet.models.backbone import create_vit, format_num_params, init_from, prepare_for_device, save_backbone
+from mapet.models.backbone import (
+    create_vit,
+    format_num_params,
+    init_from,
+    prepare_for_device,
+    save_backbone,
+    set_read_options,
+)
 from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import CAE, get_objective, num_context_from_ratio
 from mapet.models.pooling import pool_tokens, resolve_layers
@@ -192,9 +199,10 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         Raises:
             MapetError: images, tokenizer or tokens are missing, damaged or do not belong together, or an option does not fit them.
         """
-        self.compute, images = compute, list_images(config.images)
+        self.compute = compute
         needs_teacher = config.tokens is None or config.target == "features"
         tokenizer = load_tokenizer(config.tokenizer, needs_teacher).to(compute.device)
+        images = list_as_trained(config.images, config, tokenizer.read_options)
         # A token store holds the token ids of one or more views of each image, which `mapet tokenize` has computed.
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
         self.bad = dict(store.unreadable) if store else {}
@@ -206,6 +214,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         self.config = config = config.model_copy(update={"batch_size": batch_size})
         vit, teacher = self.model.vit, tokenizer.teacher
         size: tuple[int, int] = tuple(vit.patch_embed.img_size)
+        set_read_options(vit, images.read_options)
         # Stored tokens are of certain views, so that these are drawn again, whatever `config` says of views.
         spec = store.view_spec if store else ViewSpec.from_config(config, size, config.seed)
         self.dataset = ViewDataset(
@@ -218,7 +227,11 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
         self.same_shapes = not config.varies_context
         if config.probe_every != 0 and (config.probe_images is not None or images.classes() is not None):
-            probe_images = images if config.probe_images is None else list_images(config.probe_images)
+            probe_images = (
+                images
+                if config.probe_images is None
+                else list_as_trained(config.probe_images, config, images.read_options)
+            )
             self.probe_sets = sample_for_probe(LabeledSet.from_images(probe_images))
         self.facts = {"tokenizer": tokenizer.description}
         if store:

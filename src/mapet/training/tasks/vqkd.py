@@ -20,6 +20,7 @@ from mapet.data.dataset import (
     position_batches,
     readable_batches,
 )
+from mapet.data.dataset_stats import find_value_range
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -63,7 +64,7 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         Raises:
             MapetError: there are fewer patches than codes, or images, teacher or model can't be had as the options say.
         """
-        self.compute, images = compute, list_images(config.images)
+        self.compute, images = compute, find_value_range(list_images(config.images, config), config.channels)
         self.teacher = make_teacher(config, compute.precision).to(compute.device)
         fit_teacher(config, self.teacher, images, UnreadableImages(images, config.max_unreadable), compute)
         spec = ViewSpec.from_config(config, config.image_size, config.seed)
