@@ -114,6 +114,7 @@ def probe(source: str, images: Path, test: Path, out: Path, seed: int = 0) -> Ro
 
     def work() -> Row:
         options = {"protocols": ["logistic", "knn"], "images": images, "test_images": test, "out": out, "seed": seed}
+        options["controls"] = ["none"]
         (metrics,) = mapet.evaluate(backbone=[source], **options).values()
         return {name: metrics[name] for name in ("logistic", "knn")}
 

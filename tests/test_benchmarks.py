@@ -15,10 +15,13 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks import gpu_data, gpu_study, tables
+from benchmarks import gpu_data, gpu_study, tables, variants
 from benchmarks.__main__ import NAMES
 from benchmarks.core import RESULTS, ROOT, run_info
 from benchmarks.tables import Table
+from mapet.models.backbone import create_vit
+from mapet.training.tasks import pretraining
+from tests.conftest import TINY
 
 FIELDS = {"name", "command", "date", "commit", "source", "machine", "versions", "data", "seeds", "rows"}
 MEASURED = {"performance", "results", "evaluation", "tokenizers", "scaling", "robustness"}
@@ -157,3 +160,26 @@ def test_table():
     rows = [{"name": "a", "value": 1.25}, {"name": "b", "value": None}]
     assert table.render(rows) == "| name | value |\n|---|---|\n| a | 1.2 |\n| b |  |\n"
     assert table.render([]) == ""
+
+
+def test_first_weights_of_variants(few_digits):
+    """Positions of two frequencies at least, products of attention near plus and minus the identity, patches without correlation."""
+    every = (variants.mimetic_attention, variants.sine_cosine_positions, variants.whitened_patches)
+    with variants.initialized(every, few_digits):
+        torch.manual_seed(0)
+        vit = pretraining.create_vit("vit_tiny_patch16_224", (8, 8), 2, 1, TINY, 0.0)
+    assert pretraining.create_vit is create_vit and vit.pos_embed[0, 0].abs().max() == 0
+    positions = vit.pos_embed[0, 1:].detach()
+    torch.testing.assert_close(
+        positions.square().sum(1), torch.full((16,), 16 * 0.3**2)
+    )  # 16 pairs of a sine and a cosine
+    attention, eye = vit.blocks[0].attn, torch.eye(32)
+    query, key, value = attention.qkv.weight.detach().view(3, 2, 16, 32)
+    products = query.transpose(1, 2) @ key  # of rank 16: the better half of 0.7 Z + 0.7 I
+    assert torch.linalg.matrix_rank(products).tolist() == [16, 16] and (products * eye).sum((1, 2)).min() > 0.2 * 32
+    noise = value.flatten(0, 1).T @ attention.proj.weight.detach().T + 0.4 * eye
+    assert noise.std() == pytest.approx(0.4 / 32**0.5, rel=0.15) and abs(float(noise.diag().mean())) < 0.1
+    with torch.no_grad():
+        embedded = vit.patch_embed(variants.read_images(vit, few_digits)).flatten(0, 1)
+    variances = torch.linalg.eigvalsh(torch.cov(embedded.T))[-4:]  # a patch has four pixels
+    assert embedded.mean(0).abs().max() < 1e-3 and variances.min() > 0.8 * variances.max()
