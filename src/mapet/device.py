@@ -3,9 +3,11 @@
 import ctypes
 import functools
 import logging
+import math
 import os
 import re
 import sys
+import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 MEMINFO = Path("/proc/meminfo")
 """Linux's file about its memory."""
+NUM_TIMINGS, MIN_SPEEDUP = 5, 1.2
+"""Timings of a matrix product, of which the shortest counts; how much faster bfloat16 must be, as it rounds."""
 WORKERS = "MAPET_WORKERS"
 """Environment variable: number of data-loading workers, in every command."""
 
@@ -44,7 +48,7 @@ class ComputeContext:
         Args:
             device: 'auto' (the first available of CUDA, MPS, CPU), 'cpu', 'cuda', 'cuda:1' or 'mps'. Where torchrun has started
                 several ranks, each takes the CUDA device of its local rank.
-            precision: 'float32', 'bfloat16', or 'auto': bfloat16 where the hardware accelerates it.
+            precision: 'float32', 'bfloat16', or 'auto': the one that `faster_precision` measures, on rank 0.
 
         Raises:
             MapetError: the device is not available.
@@ -63,15 +67,14 @@ class ComputeContext:
         if resolved.type == "cuda" and distributed.world_size() > 1:
             resolved = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(resolved)
-        fast_bfloat16 = resolved.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if resolved.type == "cpu":
             _tune_malloc()
             _warn_if_oversubscribed()
             # MKL's float32 products otherwise depend on the alignment of their inputs, and a run would not be bit-exact.
             os.environ.setdefault("MKL_CBWR", "AUTO")  # MKL reads it before its first product
-            fast_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         if precision == "auto":
-            precision = "bfloat16" if fast_bfloat16 else "float32"
+            is_bfloat16 = torch.tensor(faster_precision(resolved) == "bfloat16", dtype=torch.int64)
+            precision = "bfloat16" if bool(distributed.broadcast(is_bfloat16)) else "float32"
         return cls(resolved, getattr(torch, precision))
 
     def autocast(self) -> AbstractContextManager:
@@ -91,6 +94,27 @@ class ComputeContext:
         """Return device and precision for logs: 'cpu, float32', 'NVIDIA H100 80GB HBM3, bfloat16'."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return f"{name}, {self.precision}"
+
+
+@functools.cache
+def faster_precision(device: torch.device) -> Precision:
+    """Return 'bfloat16' if matrix products of a ViT's size are at least `MIN_SPEEDUP` times as fast in it on this device, else 'float32'.
+
+    What a CPU says of itself does not decide: with avx512_bf16 but without AMX, bfloat16 may be slower. The device is timed once per process.
+    """
+    times = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    for _ in range(NUM_TIMINGS):  # in turns, so that other programs disturb both
+        for dtype in times:
+            times[dtype] = min(times[dtype], _time_matmul(device, dtype))
+    return "bfloat16" if times[torch.float32] > MIN_SPEEDUP * times[torch.bfloat16] else "float32"
+
+
+def _time_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the seconds of a matrix product, of the size of the first layer of an MLP in a ViT-S for a few images."""
+    rows, weight = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1024, 384), (384, 1536)))
+    started = time.perf_counter()
+    float((rows @ weight)[0, 0])  # waits for the device
+    return time.perf_counter() - started
 
 
 def _tune_malloc() -> None:

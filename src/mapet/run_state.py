@@ -180,6 +180,18 @@ def record(
     state.write(folder)
 
 
+def elapsed_seconds(folder: Path) -> float:
+    """Return the seconds that the command which is running in a folder has taken so far, of all its sessions; 0 without one."""
+    state = _active_states.get(folder.absolute())
+    return 0.0 if state is None else state.seconds + (_now() - state.updated).total_seconds()
+
+
+def _seconds_unrecorded(folder: Path, state: RunState) -> float:
+    """Return for how long a process that was killed worked on after its last run.json: until the newest file in its folder."""
+    newest = max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
+    return max(0.0, newest - state.updated.timestamp())
+
+
 @contextmanager
 def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     """Keep the run.json of a command's folder: `running` now, at the end `finished`, `stopped` or `failed` with the reason.
@@ -247,6 +259,8 @@ def _keep_run_file(folder: Path, command: str, config: Config) -> Iterator[None]
     if not can_start and previous is not None and previous.command == command:
         facts = {"started", "seconds", "counts", "hashes", "results", "description", "device"}
         state = state.model_copy(update={**previous.model_dump(include=facts), "resumes": previous.resumes + 1})
+        if previous.status == "interrupted":
+            state.seconds += _seconds_unrecorded(folder, previous)
     state.write(folder)
     _active_states[key] = state
     warnings = _WarningRecorder(state)

@@ -13,7 +13,7 @@ from mapet.errors import MapetError
 from tests.refused import refused
 
 HIDDEN = ("debug-step",)
-MAX_OPTIONS = 279
+MAX_OPTIONS = 295
 
 
 class AddConfig(Config):

@@ -442,6 +442,8 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
         "100",
         "--pretrain.pool",
         "2x2",
+        "--pretrain.probe-every",
+        "2",
     ]
     argv = [str(word) for word in argv]
     with monkeypatch.context() as patch:

@@ -24,7 +24,7 @@ from mapet.run_state import RunState
 from mapet.studies import trials
 from mapet.studies.statistics import COMPUTE, EPOCHS
 from mapet.studies.trials import add_equal_compute, grid_trials, pretrain_config
-from mapet.training.estimate import flops_per_image
+from mapet.training.flops import flops_per_image
 from tests.conftest import PRETRAIN
 from tests.refused import refused
 

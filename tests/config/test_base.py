@@ -3,7 +3,7 @@
 import pytest
 
 from mapet.config.base import build_config, dump_yaml, parse_yaml, read_config
-from mapet.config.data import CheckConfig, PrepareConfig
+from mapet.config.data import PrepareConfig
 from mapet.config.evaluation import EvaluateConfig, FinetuneConfig
 from mapet.config.pipeline import RunConfig, StudyConfig
 from mapet.config.tokenizers import FitTokenizerConfig
@@ -45,9 +45,9 @@ def test_numbers_that_are_no_finite_number(name, number, tmp_path):
         (FitTokenizerConfig, {"seed": -1}, "seed", [-1]),
         (FitTokenizerConfig, {"patch_size": DIGITS}, "patch_size", [DIGITS, 2**63 - 1]),
         (FitTokenizerConfig, {"image_size": [int(DIGITS), 32]}, "image_size", [DIGITS]),
-        (CheckConfig, {"image_size": ["32x32"]}, "image_size", ["32x32"]),
-        (CheckConfig, {"image_size": [32, 32, 32]}, "image_size", [2, "[32, 32, 32]"]),
-        (CheckConfig, {"images": ""}, "images", ["''"]),
+        (FitTokenizerConfig, {"out": "out", "image_size": ["32x32"]}, "image_size", ["32x32"]),
+        (FitTokenizerConfig, {"out": "out", "image_size": [32, 32, 32]}, "image_size", [2, "[32, 32, 32]"]),
+        (PrepareConfig, {"out": "out", "images": ""}, "images", ["''"]),
         (PrepareConfig, {"out": ""}, "out", ["''"]),
         (EvaluateConfig, {"backbone": [""]}, "backbone", ["['']"]),
         (EvaluateConfig, {"backbone": "a", "few_shot": ["0"]}, "few_shot", ["0"]),

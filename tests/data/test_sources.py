@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import mapet
 from mapet.config.base import build_config
-from mapet.config.data import CheckConfig
+from mapet.config.data import PrepareConfig
 from mapet.data import hugging_face, prepared, tar_shards
 from mapet.data.dataset import ViewDataset, create_loader, position_batches
 from mapet.data.hugging_face import locate_file
@@ -363,9 +363,9 @@ def test_urls_keep_their_slashes_and_paths_are_tidied():
         "photos/": "photos",
         Path("a") / "b": "a/b",
     }.items():
-        assert build_config(CheckConfig, {"images": given}).images == kept
+        assert build_config(PrepareConfig, {"images": given, "out": "out"}).images == kept
     with pytest.raises(MapetError, match="images"):
-        build_config(CheckConfig, {"images": 3})
+        build_config(PrepareConfig, {"images": 3, "out": "out"})
 
 
 @pytest.fixture

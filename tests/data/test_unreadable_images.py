@@ -236,21 +236,18 @@ def test_folder_without_images(tmp_path):
 def test_check_reports_all_of_it(crops, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    stats = mapet.check(
-        images=crops,
-        image_size=32,
-        patch_size=8,
-        model_args={"embed_dim": 16, "depth": 1, "num_heads": 1},
-        out=tmp_path / "bad.txt",
-    )
-    assert list(stats.unreadable) == ["bad.jpg"]
-    assert "bad.jpg" in (tmp_path / "bad.txt").read_text()
+    tiny = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}}
+    stats = mapet.check(images=crops, image_size=32, patch_size=8, pretrain=tiny, out=tmp_path / "out", time="10h")
+    assert list(stats.unreadable) == ["bad.jpg"] and not (tmp_path / "out").exists()
     for text in (
         "13 images",
         "labels: none (they are taken from class folders",
         "smallest 48 x 64",
         "PNG RGB 12",
         "unreadable: 1",
+        "  'bad.jpg': ",
+        "plan for 13 images of about 48 px, 600 minutes",
+        "patch_size    8: as given",
         "pretrain",
         "tokenize",
     ):
@@ -268,7 +265,8 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
 def test_check_warns_about_what_later_commands_will_refuse_or_enlarge(crops, caplog):
     (crops / "bad.jpg").write_bytes(b"\xff\xd8 broken")
     (crops / "worse.jpg").write_bytes(b"no image")
-    mapet.check(images=crops, image_size=224, benchmark=False)
+    tiny = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}}
+    mapet.check(images=crops, image_size=224, patch_size=112, pretrain=tiny, time="10h")
     assert (
         "2 of 14 are unreadable: other commands refuse more than 5%; remove them or raise max_unreadable" in caplog.text
     )

@@ -21,7 +21,7 @@ from mapet.models.context_autoencoder import ContextAutoencoder
 from mapet.models.objectives import CAE, OBJECTIVES
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.studies.trials import grid_trials
-from mapet.training.estimate import training_flops
+from mapet.training.flops import training_flops
 from tests.models.test_backbone import images_of_every_kind
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import AnyCommand, command, command_name
-from mapet.config.data import CheckConfig, PrepareConfig
+from mapet.config.data import PrepareConfig
 from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig, PredictConfig
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig, ReportConfig
@@ -39,11 +39,13 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
 
 @command(RunConfig, distributed=True)
 def run(config: RunConfig) -> Path:
-    """Tokenizer, tokens, pre-training, evaluation (if there are labels) and figures of a folder of images; returns the backbone's folder.
+    """Pre-train on a folder of images in a given time: tokenizer, tokens, pre-training, evaluation (if there are labels) and figures.
+
+    What is not given is chosen for the images, this machine and the time. Returns the backbone's folder.
 
     Example:
-      mapet run --images PHOTOS --out runs/photos
-      mapet run --images PHOTOS --out runs/photos --pretrain.epochs 30 --fit-tokenizer.teacher k-clip
+      mapet run --images PHOTOS
+      mapet run --images PHOTOS --out runs/photos --time 2h --teacher k-clip
       mapet run runs/photos/config.yaml --resume
     """
     return _load("commands.pipeline").run(config)
@@ -62,15 +64,15 @@ def study(config: StudyConfig) -> Path:
     return _load("commands.pipeline").study(config)
 
 
-@command(CheckConfig)
-def check(config: CheckConfig) -> "DatasetStats":
-    """Read every image, report what is there and what is wrong, and estimate what the next stages need.
+@command(RunConfig, writes_out=False)
+def check(config: RunConfig) -> "DatasetStats":
+    """Read every image, report what is there and what is wrong, and show the plan of `run` with the same options: values, reasons, costs.
 
     Example:
       mapet check --images PHOTOS
-      mapet check --images PHOTOS --model vit_base_patch16_224 --teacher k-clip
+      mapet check --images PHOTOS --time 2h --model vit_base_patch16_224
     """
-    return _load("commands.data").check(config)
+    return _load("commands.planning").check(config)
 
 
 @command(PrepareConfig)

@@ -1,8 +1,10 @@
 """Commands on trained backbones: `evaluate` compares them side by side, `export` writes one for other libraries."""
 
 import logging
+import math
 import platform
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -97,8 +99,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     scratch_dir = config.out or Path(tempfile.gettempdir())
     results: dict[str, dict[str, ProtocolResult]] = {}
     read_options: ReadOptions | None = None
+    controls_started = math.inf
     try:
         for name, load in (loaders | controls).items():
+            if name in controls:
+                controls_started = min(controls_started, time.monotonic())
+                if time.monotonic() - controls_started > 60 * (config.max_control_minutes or math.inf):
+                    log.warning("control %s is skipped: the time for controls is over", name)
+                    continue
             backbone = load()
             cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
             kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)

@@ -58,7 +58,9 @@ def summary(function: AnyCommand) -> str:
     return (inspect.getdoc(function) or "").split("\n")[0]
 
 
-def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[[Callable[[C], R]], Command[P, R]]:
+def command(
+    config_type: Callable[P, C], distributed: bool = False, writes_out: bool = True
+) -> Callable[[Callable[[C], R]], Command[P, R]]:
     """Return a decorator that turns a function of one config into a command, which also takes the config's fields as keywords.
 
     Around each call the command validates keywords into a config, refuses an `out` folder inside `images`, sets up logging, and,
@@ -68,6 +70,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
         config_type: the config class; its fields become the keywords that mypy, `help()` and IDEs show.
         distributed: whether all ranks of `torchrun` run the function, in a process group. If not, rank 0 runs it alone, without
             a process group, and the other ranks return None.
+        writes_out: whether the command writes to `out`, if its config has that; if not, there is no run.json.
 
     Returns:
         The decorator. The command has the attributes `__name__`, `__doc__`, `config_type` and a `__signature__` of keywords. It is
@@ -94,10 +97,11 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
                         raise TypeError(f"{function.__name__}() got multiple values for argument '{kind.positional}'")
                     options[kind.positional] = config
                 config = build_config(kind, options)
-            _check_out_is_not_inside_images(config)
+            if writes_out:
+                _check_out_is_not_inside_images(config)
             _set_up_logging()
             with trust_teachers(options), _translate_dead_workers():
-                return _run(function, config, distributed)
+                return _run(function, config, distributed, writes_out)
 
         call.__dict__.update(config_type=kind, __signature__=signature)
         return cast(Command[P, R], call)
@@ -105,7 +109,7 @@ def command(config_type: Callable[P, C], distributed: bool = False) -> Callable[
     return decorate
 
 
-def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R | None:
+def _run(function: Callable[[Any], R], config: Config, distributed: bool, writes_out: bool) -> R | None:
     """Call a command's function, and keep run.json (status, duration, versions) in the config's `out` folder, if it has one.
 
     Without `torchrun` the function is called in this process. Under `torchrun` it is called on every rank, in a process group that
@@ -114,7 +118,7 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool) -> R |
     Returns:
         The function's result; None on ranks that did not call it.
     """
-    out = getattr(config, "out", None)
+    out = getattr(config, "out", None) if writes_out else None
     if out is not None and config.out_is_file and is_first_rank():
         check_output_path(out)
         if out.exists():

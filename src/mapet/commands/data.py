@@ -1,47 +1,21 @@
-"""The commands `check`, which reports on images and estimates costs, and `prepare`, which resizes and packs them once."""
+"""The command `prepare`, which resizes and packs images once."""
 
 import logging
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mapet.config.data import CheckConfig, PrepareConfig
-from mapet.config.shared import UnreadableImageOptions
+from mapet.config.data import PrepareConfig
 from mapet.data.dataset import UnreadableImages
-from mapet.data.dataset_stats import DatasetStats, compute_dataset_stats, find_value_range
+from mapet.data.dataset_stats import find_value_range
 from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
 from mapet.data.prepared import write_prepared_dataset
 from mapet.data.sources import list_images
-from mapet.device import num_workers
 from mapet.errors import Interrupted
-from mapet.files import MANIFEST, atomic_write
-from mapet.training.estimate import estimate
+from mapet.files import MANIFEST
 
 log = logging.getLogger("mapet")
-
-
-def check(config: CheckConfig) -> DatasetStats:
-    """Read every image; log a report, warnings and an estimate of costs; return the statistics.
-
-    In this order: the report and the warnings of `DatasetStats`; the unreadable images, as lines `reason<TAB>id` in
-    `config.out` if that is given; time and memory of training, measured on one batch, if `config.benchmark`.
-    """
-    images = find_value_range(list_images(config.images, config), config.channels)
-    stats = compute_dataset_stats(images, config.channels, num_workers() + 1)
-    for line in stats.lines():
-        log.info("%s", line)
-    for line in stats.warnings(config.image_size, UnreadableImageOptions().max_unreadable):
-        log.warning("%s", line)
-    if config.out:
-        lines = "".join(f"{reason}\t{name}\n" for name, reason in stats.unreadable.items())
-        with atomic_write(config.out) as temporary:
-            temporary.write_text(lines, encoding="utf-8", errors="surrogateescape")  # ids may be no UTF-8
-        log.info("list of unreadable images in %s", config.out)
-    if config.benchmark and len(stats.unreadable) < len(images):
-        for line in estimate(config, images, [i for i in range(len(images)) if images.id(i) not in stats.unreadable]):
-            log.info("%s", line)
-    return stats
 
 
 def prepare(config: PrepareConfig) -> Path:

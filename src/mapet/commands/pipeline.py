@@ -3,12 +3,16 @@
 import logging
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from mapet import commands, distributed
 from mapet.commands.command import AnyCommand, command_name
-from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
+from mapet.commands.planning import plan_run
+from mapet.config.base import Config, build_config, diff_configs, merge_options, read_config, write_config
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
@@ -20,10 +24,12 @@ from mapet.files import create_output_dir, is_empty_dir, read_json
 from mapet.reports.page import REPORT_FILE, write_run_report
 from mapet.reports.render import render_macro
 from mapet.reports.study import write_report
-from mapet.run_state import CONFIG_FILE, RunState, can_start_in, record, try_read_state
+from mapet.run_state import CONFIG_FILE, RunState, can_start_in, elapsed_seconds, record, try_read_state
 from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
 from mapet.studies.statistics import Trial
+from mapet.training.metrics import format_duration
+from mapet.training.plan import MAX_EVALUATION_FRACTION
 from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed, restart_hint
 from mapet.training.tasks.pretraining import check_model_config
 
@@ -33,9 +39,12 @@ SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable")
 NUM_DEMO_TRAIN = 1437
 """The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
 DEMO_CONFIG: dict[str, Any] = {
-    "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 64},
+    "evaluation_images": NUM_DEMO_TRAIN,
+    "fit_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "teacher": "pixels", "vocab_size": 64},
+    "tokenize": {"views": "center"},
     "pretrain": {
-        "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4}, "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
+        "objective": "mapet", "schedule": "cosine", "probe_every": None, "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4},
+        "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
         "layer_scale_init": None, "color_jitter": 0.0,
     },
 }  # fmt: skip
@@ -56,19 +65,20 @@ class Stage(NamedTuple):
 
 
 def run(config: RunConfig) -> Path:
-    """Run all stages that are not done, then write the run's report; return the folder of the exported backbone.
+    """Plan, run all stages that are not done, then write the run's report; return the folder of the exported backbone.
 
     Raises:
         Interrupted: a signal stopped a stage; the message has the command that resumes.
-        MapetError: a stage cannot run. What can be checked is checked before the first stage starts.
+        MapetError: a stage cannot run, or `time` is too short. What can be checked is checked before the first stage starts.
     """
     with spell_in_section("pretrain", RunConfig.model_fields):
         check_trackers_installed(config.pretrain.track)
-    stages = _plan(config)
+    config = _complete_config(config)
+    stages = _list_stages(config)
     if distributed.rank() == 0:
         _check_later_stages(config, stages)
         _write_or_check_config(config, stages)
-    distributed.barrier()  # no rank writes before all have planned from what is there
+    distributed.barrier()  # no rank writes before all have listed the stages from what is there
     RESUME_HINT[0] = resume = shell_command("run", config.out / CONFIG_FILE, "--resume")
     for stage in stages:
         if stage.done:
@@ -79,7 +89,7 @@ def run(config: RunConfig) -> Path:
             shutil.rmtree(config.out / "evaluation", ignore_errors=True)
         try:
             with spell_in_section(stage.command.__name__, RunConfig.model_fields):
-                result = stage.command(stage.config)
+                result = stage.command(_fit_to_time(config, stage))
         except (Interrupted, KeyboardInterrupt) as error:  # the latter where a stage has nothing to save
             raise Interrupted(getattr(error, "what", "interrupted"), resume) from None
         if stage.command is commands.evaluate and result:  # None on other ranks
@@ -87,11 +97,47 @@ def run(config: RunConfig) -> Path:
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
     log.info("report in one page: %s", config.out / REPORT_FILE)
+    log.info("took %s", format_duration(elapsed_seconds(config.out)))
     log.info(
         "done: backbone in %s; load it with mapet.load(%r) or timm.create_model('local-dir:%s', pretrained=True)",
         backbone, str(config.out), backbone,
     )  # fmt: skip
     return backbone
+
+
+def _complete_config(config: RunConfig) -> RunConfig:
+    """Return the config with the options that are not given: where a run has started those of its config.yaml, else those of a plan.
+
+    The plan is logged, and recorded in run.json. A collective call: rank 0 plans.
+    """
+    path = config.out / CONFIG_FILE
+    if not can_start_in(config.out, "run"):
+        if not path.exists():
+            create_output_dir(config.out)  # raises: the folder holds something else
+        return build_config(RunConfig, merge_options(read_config(path), config.model_dump(exclude_unset=True)), path)
+    planned = None
+    if distributed.rank() == 0:
+        plan, planned = plan_run(config, elapsed_seconds(config.out))
+        record(config.out, results={"plan": {**asdict(plan), "reserve": plan.reserve}})
+    return distributed.all_gather_object(planned)[0] or config
+
+
+def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
+    """Return the config of a stage, of pre-training whose epochs are not given with the epochs and the minutes that are left for it.
+
+    The time since the start of the run counts, also that of earlier sessions; what comes after pre-training is reserved as planned.
+    """
+    is_timed = "epochs" not in config.pretrain.model_fields_set and config.pretrain.schedule == "constant"
+    if stage.command is not commands.pretrain or stage.started or not is_timed:
+        return stage.config
+    assert isinstance(stage.config, PretrainConfig)
+    plan = RunState.read(config.out).results["plan"]
+    seconds = max(1.0, 60 * config.time - elapsed_seconds(config.out) - plan["reserve"])
+    left = torch.tensor([seconds, plan["epochs"] * seconds / plan["costs"]["pretrain"]], dtype=torch.float64)
+    seconds, epochs = distributed.broadcast(left).tolist()
+    return stage.config.model_copy(
+        update={"epochs": max(epochs, stage.config.warmup_epochs or 0.01), "max_minutes": seconds / 60}
+    )
 
 
 def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -120,7 +166,7 @@ def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]
     }
 
 
-def _plan(config: RunConfig) -> list[Stage]:
+def _list_stages(config: RunConfig) -> list[Stage]:
     """Return the five stages of `run` in their order: fit_tokenizer, tokenize, pretrain, evaluate, report.
 
     All configs are built before any stage runs, so that contradicting options are refused early. A stage counts as done if the folder
@@ -136,6 +182,9 @@ def _plan(config: RunConfig) -> list[Stage]:
         not is_empty_dir(path) for path in (tokenizer, tokens, backbone, figures)
     )
     is_training = (pretrained / CONFIG_FILE).exists()
+    # The epochs of a run that keeps to a time are those of its last correction.
+    started = read_config(pretrained / CONFIG_FILE) if is_training else {}
+    steps = {name: started[name] for name in ("epochs", "max_minutes") if started.get("max_minutes") is not None}
     state = try_read_state(config.out)
     is_evaluated = state is not None and "evaluation" in state.results
     has_labels = config.test_images is not None or list_images(config.images, config).classes() is not None
@@ -157,11 +206,12 @@ def _plan(config: RunConfig) -> list[Stage]:
     return [
         stage(commands.fit_tokenizer, is_fitted, is_fitted, out=tokenizer, resume=True, **dict(config.read_options)),
         stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, resume=True),
-        stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training),
+        stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training, **steps),
         stage(
             commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
             test_images=config.test_images, protocols=["logistic", "knn"], pool=config.pretrain.pool, layers=config.pretrain.layers,
-            out=config.out / "evaluation",
+            out=config.out / "evaluation", max_images=config.evaluation_images,
+            max_control_minutes=MAX_EVALUATION_FRACTION * config.time,
         ),
         stage(commands.report, has_figures, has_figures, run=[pretrained], figures_dir=figures),
     ]  # fmt: skip
@@ -172,7 +222,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
 
     Args:
         config: of the command `run`.
-        stages: from `_plan`.
+        stages: from `_list_stages`.
 
     Raises:
         MapetError: an unknown model or objective, sizes of tokenizer and model that don't fit, `probe_images` or `test_images`
@@ -204,20 +254,18 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
 
     Args:
         config: of the command `run`.
-        stages: from `_plan`; only `command` and `started` are used.
+        stages: from `_list_stages`; only `command` and `started` are used.
 
     Raises:
         MapetError: other options differ; the folder holds something else; or, in a new folder, the images can't be listed.
     """
     path = config.out / CONFIG_FILE
+    # Without epochs the time decides.
+    exclude = {} if "epochs" in config.pretrain.model_fields_set else {"pretrain": {"epochs"}}
     if can_start_in(config.out, "run"):
-        images = list_images(config.images, config)  # fails before anything is written
         if config.resume:
             log.warning(STARTING_NEW_RUN, config.out)
-        log.info("%s images in %s", f"{len(images):,}", config.images)
-        return write_config(config, path)
-    if not path.exists():
-        create_output_dir(config.out)  # raises: the folder holds something else
+        return write_config(config, path, exclude)
     old = build_config(RunConfig, read_config(path), path)
     mutable = {"resume", "device", "max_unreadable", "out"}
     mutable |= {stage.command.__name__ for stage in stages if not stage.started}
@@ -235,7 +283,7 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
             f"{config.out} was started with another config ({'; '.join(changed)}). To resume it as it was: "
             f"{shell_command('run', path, '--resume')}; to start {restart}"
         )
-    write_config(config, path)
+    write_config(config, path, exclude)
 
 
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:

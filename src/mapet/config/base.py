@@ -73,6 +73,15 @@ class Config(BaseModel):
                 raise ValueError(f"must be at most {MAX_INT}")
         return value
 
+    @classmethod
+    def expand(cls, options: "Options") -> dict[str, Any]:
+        """Return options as they are validated; subclasses override this where an option stands for one of a section.
+
+        Args:
+            options: field name -> value as given; the value of a section is such a mapping itself.
+        """
+        return dict(options)
+
     def problems(self) -> Iterator[str]:
         """Yield an error message for each value that is invalid or contradicts another option's; subclasses override this.
 
@@ -116,11 +125,12 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
         MapetError: options that are unknown, missing or invalid; the message lists all of them on one line. `field`, `value` and
             `expected` of the error are the first one's.
     """
-    merged = merge_options(options, typed)
+    typed = config_type.expand(typed)
+    merged = merge_options(config_type.expand(options), typed)
     for name, section_type, by_name in iter_sections(config_type):
         if isinstance(section := merged.get(name), Mapping):  # pydantic refuses anything else
             build_section = _build_by_name if by_name else build_config
-            with spell_in_section(name, config_type.model_fields):
+            with spell_in_section(name, config_type.model_fields.keys() - section_type.model_fields.keys()):
                 merged[name] = build_section(section_type, section, path, typed.get(name, {}))
     try:
         return config_type.model_validate(merged)
@@ -341,14 +351,14 @@ def _check_nodes(root: yaml.Node | None) -> None:
                 pending += [key, value]
 
 
-def write_config(config: Config, path: Path) -> None:
-    """Write all options, defaults included, to a YAML file, atomically."""
-    write_text(path, to_yaml(config))
+def write_config(config: Config, path: Path, exclude: Mapping[str, Any] = {}) -> None:
+    """Write all options, defaults included, to a YAML file, atomically; except for those in `exclude`, as pydantic takes it."""
+    write_text(path, to_yaml(config, exclude))
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config, exclude: Mapping[str, Any] = {}) -> str:
     """Return the YAML text that `read_config` and `build_config` turn into the same config."""
-    return dump_yaml(config.model_dump(mode="json"))
+    return dump_yaml(config.model_dump(mode="json", exclude=dict(exclude)))
 
 
 def dump_yaml(value: Any) -> str:

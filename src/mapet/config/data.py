@@ -1,28 +1,12 @@
-"""Options of `check` and `prepare`."""
+"""Options of `prepare`."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import PositiveInt
 
 from mapet.config import shared
-from mapet.config.tokenizers import Teachers
 from mapet.errors import option
-
-
-class CheckConfig(shared.ImageOptions, shared.InputOptions, shared.EncoderOptions):
-    """Options of `check`."""
-
-    out_is_file: ClassVar[bool] = True
-    teacher: Teachers = ("pixels",)
-    """Teacher for the one-batch benchmark, as in `fit-tokenizer`."""
-    teacher_checkpoint: str | None = None
-    """Local weights file of the teacher; none: timm downloads the weights."""
-    benchmark: bool = True
-    """Run one batch through teacher and student to measure time."""
-    out: Path | None = None
-    """Text file for the list of unreadable images, one `reason<TAB>path` a line; none: no file."""
 
 
 class PrepareConfig(shared.ImageOptions, shared.UnreadableImageOptions, shared.ResumeOptions):

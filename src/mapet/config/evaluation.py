@@ -17,7 +17,9 @@ class EvaluateConfig(
 ):
     """Options of `evaluate`."""
 
-    file_only: ClassVar[frozenset[str]] = frozenset({"linear_epochs", "dense_epochs"})
+    file_only: ClassVar[frozenset[str]] = frozenset(
+        {"linear_epochs", "dense_epochs", "max_images", "max_control_minutes"}
+    )
 
     backbone: list[shared.BackboneSource] = Field(min_length=1)
     """One or more, side by side: a run, a backbone folder, an export, a folder of `finetune`, a weights file, timm:NAME, or random:NAME for
@@ -34,6 +36,10 @@ class EvaluateConfig(
     controls: tuple[Control, ...] = Field(default=("auto",), min_length=1)
     """Controls beside the backbones, by the protocols logistic and knn: pixels (raw), untrained (the same network), hog (features), kmeans
     (k-means patch features), teacher and tokens (of a run: its teacher's features, the bag of its tokens); none; or auto, all that there are."""
+    max_control_minutes: PositiveFloat | None = None
+    """Minutes for controls: those that would start later are skipped with a warning; none: no limit."""
+    max_images: PositiveInt | None = None
+    """Labeled images of each set at most, those with the smallest hashes of their ids; none: all."""
     linear_epochs: PositiveInt = 100
     """Epochs of the linear-sgd probe over the features."""
     few_shot: tuple[shared.Labels, ...] = (0.01, 0.1, 5)
@@ -60,7 +66,7 @@ class EvaluateConfig(
     dense_epochs: PositiveInt = 10
     """Epochs of the segmentation and detection heads."""
     precision: shared.Precision = "float32"
-    """Matmul precision; auto: bfloat16 where the hardware accelerates it, whose rounding costs features of small variance some accuracy."""
+    """Matmul precision; auto: the faster one in a timing; bfloat16 rounds, which costs features of small variance some accuracy."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each contradiction between options."""
@@ -157,7 +163,7 @@ class EmbedConfig(
     image_size: shared.Size | None = None
     """Height and width of the input, pixels; positions are interpolated; auto: the backbone's own."""
     precision: shared.Precision = "auto"
-    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
+    """Matmul precision; auto: the faster one in a timing."""
 
 
 class PredictConfig(shared.ReadOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):

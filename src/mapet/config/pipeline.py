@@ -1,15 +1,22 @@
 """Options of `demo`, `run` and `study`."""
 
+import datetime
+import itertools
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic.functional_validators import BeforeValidator
 
 from mapet.config import shared
-from mapet.config.base import Config
+from mapet.config.base import Config, Options
 from mapet.config.evaluation import FinetuneOptions
 from mapet.config.pretraining import PretrainOptions
-from mapet.config.tokenizers import FitTokenizerOptions, TokenizeOptions
+from mapet.config.tokenizers import FitTokenizerOptions, Teachers, TokenizeOptions
+from mapet.errors import MapetError, option
 
 
 class DemoConfig(shared.ResumeOptions, shared.SeedOptions):
@@ -19,16 +26,109 @@ class DemoConfig(shared.ResumeOptions, shared.SeedOptions):
     """New folder for the digits, the run and the figures."""
 
 
-class RunConfig(shared.ImageOptions, shared.JobOptions):
-    """Options of `run`: where from and where to, and a section of options for each stage."""
+SHORTCUTS = {
+    **dict.fromkeys(("image_size", "patch_size", "teacher"), "fit_tokenizer"),
+    **dict.fromkeys(("model", "objective", "epochs", "batch_size", "lr"), "pretrain"),
+}
+"""Option of `run` -> the section whose option of this name it is."""
+NUMBER_AND_UNIT = re.compile(r"([0-9.]+)\s*(s|m|min|h|d|)")
+MINUTES = {"s": 1 / 60, "m": 1, "min": 1, "": 1, "h": 60, "d": 1440}
 
-    out: Path
+
+def _as_minutes(value: Any) -> Any:
+    """Return the minutes of a text such as '30m', '2h' or '90'; other values unchanged, which pydantic validates.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    if not isinstance(value, str):
+        return value
+    if not (match := NUMBER_AND_UNIT.fullmatch(value.strip().lower())):
+        raise ValueError("must be minutes, or a number with its unit: 30m, 2h, 1d")
+    return float(match[1]) * MINUTES[match[2]]
+
+
+def default_out(images: str) -> Path:
+    """Return runs/FOLDER-DATE for a source of images, with a number behind it if that folder holds something."""
+    is_path = not images.startswith(shared.HF_PREFIX) and not shared.is_url(images)
+    name = re.sub(r"[^\w.-]+", "-", Path(images).resolve().name if is_path else images).strip("-.")
+    first = Path("runs") / f"{name or 'images'}-{datetime.date.today().isoformat()}"
+    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not (path.is_dir() and any(path.iterdir())))
+
+
+class RunConfig(shared.ImageOptions, shared.JobOptions):
+    """Options of `run` and `check`: where from and where to, how long, and a section of options for each stage.
+
+    What is not given is chosen for the images, this machine and `time`.
+    """
+
+    file_only: ClassVar[frozenset[str]] = frozenset({"evaluation_images"})
+    out: Path = Path("runs/FOLDER-DATE")
     """New folder for everything: tokenizer, tokens, pre-training run, backbone, evaluation, figures, report.html."""
+    time: Annotated[PositiveFloat, BeforeValidator(_as_minutes)] = 30
+    """Time for everything, from start to verdict: minutes, or with a unit 30m, 2h, 1d. With `epochs`, these decide how long it takes."""
     test_images: shared.Source | None = None
     """Labeled images to test the features on; auto: a 20 % hold-out split of `images`, if those are in class folders."""
+    evaluation_images: PositiveInt | None = None
+    """Labeled images of each set that the evaluation takes at most; auto: as many as there is time for."""
+    image_size: shared.Size | None = Field(default=None, exclude=True)
+    """Height and width of the student's input, pixels; auto: chosen."""
+    patch_size: PositiveInt | None = Field(default=None, exclude=True)
+    """Side of the student's patches, pixels; auto: chosen."""
+    teacher: Teachers | None = Field(default=None, exclude=True)
+    """Frozen encoder, or several, whose features become tokens, as in `fit-tokenizer`; auto: chosen."""
+    model: str | None = Field(default=None, exclude=True)
+    """timm VisionTransformer, by name; auto: chosen."""
+    objective: str | None = Field(default=None, exclude=True)
+    """mapet, pim, mim, cae or an ablation, as in `pretrain`; auto: chosen."""
+    epochs: PositiveFloat | None = Field(default=None, exclude=True)
+    """Number of training epochs; auto: what fits into `time`."""
+    batch_size: PositiveInt | None = Field(default=None, exclude=True)
+    """Images per step, over all ranks; auto: chosen."""
+    lr: PositiveFloat | None = Field(default=None, exclude=True)
+    """Peak learning rate; auto: chosen."""
     fit_tokenizer: FitTokenizerOptions = FitTokenizerOptions()
     tokenize: TokenizeOptions = TokenizeOptions()
     pretrain: PretrainOptions = PretrainOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, values: Any) -> Any:
+        """Expand options that Python gives to the class itself, and set `out` if it is not given, before validation."""
+        if not isinstance(values, Mapping):
+            return values
+        expanded = cls.expand(values)
+        if "out" not in expanded and isinstance(images := expanded.get("images"), (str, os.PathLike)):
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise ValueError(f"{option('out')} is required where several processes run: they must agree on it")
+            expanded["out"] = default_out(os.fspath(images))
+        return expanded
+
+    @classmethod
+    def expand(cls, options: Options) -> dict[str, Any]:
+        """Move the values of `SHORTCUTS` into their sections.
+
+        Raises:
+            MapetError: an option is given both ways.
+        """
+        expanded = {name: value for name, value in options.items() if name not in SHORTCUTS}
+        for name in SHORTCUTS.keys() & options.keys():
+            value, section = options[name], expanded.get(SHORTCUTS[name], {})
+            if value in (None, "auto", "none", ["auto"], ["none"]):
+                continue
+            own = section.model_dump(exclude_unset=True) if isinstance(section, Config) else section
+            if name in own:
+                both = f"{option(name)} is given twice, also as {option(f'{SHORTCUTS[name]}.{name}')}: omit one"
+                raise MapetError(both, field=name, value=value)
+            expanded[SHORTCUTS[name]] = {**own, name: value}
+        return expanded
+
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """Section -> option -> value, of those that are not left to the plan."""
+        sections = ("fit_tokenizer", "tokenize", "pretrain")
+        return {name: getattr(self, name).model_dump(exclude_unset=True) for name in sections}
 
 
 class StudyConfig(Config):

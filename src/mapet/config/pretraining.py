@@ -13,6 +13,7 @@ from mapet.errors import option
 class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.FeatureOptions):
     """Options of `pretrain` but for images, tokenizer, output folder and device; a section of `run` and `study`."""
 
+    file_only: ClassVar[frozenset[str]] = shared.RARE_LOOP_OPTIONS
     objective: str = "mapet"
     """mapet; pim (permuted, as in XLNet: without the mask tokens that show the positions still to come); mim (masked, all at once); cae (context
     autoencoder); as ablations mapet_content_ignores_masks (only query tokens attend to the positions to come), mapet_single_stream,
@@ -34,7 +35,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
     epochs: float = Field(default=300, gt=0)
     """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a thirtieth of `epochs` (10 of 300)."""
+    """Epochs of linear learning-rate warmup, laid over the beginning of the schedule; auto: a thirtieth of `epochs` (10 of 300)."""
     batch_size: PositiveInt | None = None
     """Images per step, over all ranks; auto: the largest power of two up to 2048 that fits into memory and leaves 20 steps per epoch, but
     at least 16 if there are as many images."""
@@ -68,6 +69,7 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
             given = " ".join(f"{ratio:g}" for ratio in dict.fromkeys(self.mask_ratio))
             yield f"{option('mask_ratio')} {given}: must be above 0 and at most 1, the smaller one first, e.g. 0.5 0.9"
+        yield from super().problems()
 
 
 class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions):  # fmt: skip

@@ -215,9 +215,11 @@ class ViewOptions(Config):
     """Smallest area of a random crop, as a fraction of the image's area; 1 is the largest. For `views` random-crop only."""
 
 
+RARE_LOOP_OPTIONS = frozenset({"schedule", "max_minutes"})
+"""Options of the training loop that have no flag: Python and config files set them."""
 _LOOP_OPTIONS = """min_lr precision clip_grad micro_batch_size compile fsdp checkpoint_interval_min max_rollbacks log_interval
 max_unreadable"""
-LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split())
+LOOP_OPTIONS = frozenset(_LOOP_OPTIONS.split()) | RARE_LOOP_OPTIONS
 """Options of the training loop that are flags of `pretrain` alone; for the other trainers Python and config files set them."""
 
 
@@ -226,8 +228,14 @@ class TrainerOptions(Config):
 
     epochs: float = Field(default=100, gt=0)
     """Number of training epochs, rounded to whole steps; with a fraction, as in 12.5, the last one ends early."""
+    max_minutes: PositiveFloat | None = None
+    """Minutes that training may take, of all sessions together: `epochs` is corrected to fit, at most three times, by the measured speed.
+    Only with `schedule` constant; none: `epochs` stay as given."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warmup: cosine (down to `min_lr` over all steps) or constant, which falls to `min_lr` over the last fifth
+    of the steps."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Epochs of linear learning-rate warmup, laid over the beginning of the cosine; auto: a tenth of `epochs`."""
+    """Epochs of linear learning-rate warmup, laid over the beginning of the schedule; auto: a tenth of `epochs`."""
     batch_size: PositiveInt | None = None
     """Images per step, over all ranks."""
     opt: str = "adamw"
@@ -235,13 +243,13 @@ class TrainerOptions(Config):
     lr: PositiveFloat | None = None
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 1e-5
-    """Final learning rate of the cosine schedule, at most `lr`."""
+    """Final learning rate of the schedule, at most `lr`."""
     weight_decay: NonNegativeFloat = 0.05
     """Weight decay; none on biases, norms, positions and tokens."""
     clip_grad: PositiveFloat | None = None
     """Gradient-norm clipping threshold; none: no clipping."""
     precision: Precision = "auto"
-    """Matmul precision (weights and optimizer state stay float32); auto: bfloat16 where the hardware accelerates it."""
+    """Matmul precision (weights and optimizer state stay float32); auto: the faster one in a timing."""
     micro_batch_size: PositiveInt | None = None
     """Images per forward pass within a step, for memory and speed only; auto: all on a GPU, on a CPU what its cache holds."""
     compile: bool | None = None
@@ -260,10 +268,13 @@ class TrainerOptions(Config):
     (WANDB_MODE=offline, WANDB_PROJECT, MLFLOW_TRACKING_URI, TRACKIO_SPACE_ID, ...). One that fails is a warning."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a message if the warmup is longer than the run; `Config` makes it an error."""
+        """Yield a message if the warmup is longer than the run, or the schedule does not allow `max_minutes`; `Config` makes it an error."""
         yield from super().problems()
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             yield f"{option('warmup_epochs')} {self.warmup_epochs:g}: must be at most {option('epochs')}, which is {self.epochs:g}"
+        if self.max_minutes is not None and self.schedule != "constant":
+            wrong = "corrects the number of steps, which a cosine depends on from the first step"
+            yield f"{option('max_minutes')} {wrong}: give {option('schedule', 'constant')}"
 
 
 class TrainerConfig(TrainerOptions, JobOptions):

@@ -134,7 +134,7 @@ class FitTokenizerOptions(TeacherOptions):
     patches_per_code: PositiveInt = 512
     """Largest number of patches per code used in fitting."""
     precision: shared.Precision = "auto"
-    """Matmul precision of the teacher and k-means; auto: bfloat16 where the hardware accelerates it. The tokenizer's teacher keeps it."""
+    """Matmul precision of the teacher and k-means; auto: the faster one in a timing. The tokenizer's teacher keeps it."""
     memory_gb: PositiveFloat | None = None
     """GB of memory (the device's) for features; more than that go to a scratch file beside `out`, with the same result; auto: half of what
     is free."""
@@ -219,7 +219,7 @@ class TrainTokenizerConfig(
     """Smallest area of a random crop, as a fraction of the image's area; 1 is the largest. For `views` random-crop only."""
 
     def problems(self) -> Iterator[str]:
-        """Yield a message if `image_size` is not square or `patch_size` does not divide it; `Config` makes it an error."""
+        """Yield a message for each invalid option, also if `image_size` is not square or `patch_size` does not divide it."""
         yield from super().problems()
         height, width = self.image_size
         if height != width or height % self.patch_size:

@@ -251,12 +251,18 @@ class EpochBatchSampler(Sampler[Positions]):
     def steps_per_epoch(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
+    @property
+    def total_steps(self) -> int:
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
     def __len__(self) -> int:
-        return max(1, round(self.epochs * self.steps_per_epoch)) - self.first_step
+        return self.total_steps - self.first_step
 
     def __iter__(self) -> Iterator[Positions]:
-        for step in range(self.first_step, self.first_step + len(self)):
+        step = self.first_step
+        while step < self.total_steps:  # `epochs` may change meanwhile
             yield self.batch(step)[self.rank :: self.world_size]
+            step += 1
 
     def batch(self, step: int) -> Positions:
         """Return the (epoch, image index) of the images of a step, counted from 0 over all epochs, of all ranks together."""

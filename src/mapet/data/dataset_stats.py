@@ -16,7 +16,7 @@ from mapet.errors import format_size, option, pluralize
 
 log = logging.getLogger("mapet")
 NUM_SHOWN = 10
-"""Class names and unreadable images that a report lists, and images that `warn_from_sample` reads."""
+"""Class names that a report lists, and images that `warn_from_sample` reads."""
 NUM_SAMPLED, NUM_VALUES = 256, 20_000
 """Images that a range of values is found from, and values of each band that are taken of an image."""
 PERCENTILES = 0.1, 99.9
@@ -86,10 +86,8 @@ class DatasetStats:
             if all(info.gray for info in self.infos):
                 yield f"note: all are {ONE_CHANNEL}"
         yield f"unreadable: {len(self.unreadable):,}"
-        for name, reason in list(self.unreadable.items())[:NUM_SHOWN]:
+        for name, reason in self.unreadable.items():
             yield f"  {name!r}: {reason}"
-        if len(self.unreadable) > NUM_SHOWN:
-            yield f"  ... and {len(self.unreadable) - NUM_SHOWN} more; {option('out')} FILE lists them all"
 
     def warnings(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
         """Yield a warning for each reason why other commands would refuse these images, or learn little from them.
@@ -145,6 +143,13 @@ def count_levels(infos: list[ImageInfo]) -> tuple[int, str]:
     )
 
 
+def sample_image_infos(images: ImageList, channels: int, count: int) -> list[ImageInfo]:
+    """Return facts about the readable ones among `count` images at equal distances in the list, read as `channels` channels."""
+    indices = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+    results = [_read_image_info(images, int(index), channels) for index in indices]
+    return [result for result in results if isinstance(result, ImageInfo)]
+
+
 def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, int]) -> None:
     """Warn, from `NUM_SHOWN` images, about upscaled, low-contrast or gray images, for those who do not run `mapet check`.
 
@@ -153,9 +158,7 @@ def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, in
         channels: to read the images with.
         image_size: height and width of the student's input, pixels.
     """
-    indices = np.linspace(0, len(images) - 1, min(NUM_SHOWN, len(images))).astype(int)
-    results = [_read_image_info(images, int(index), channels) for index in indices]
-    infos = [result for result in results if isinstance(result, ImageInfo)]
+    infos = sample_image_infos(images, channels, NUM_SHOWN)
     num_levels, note = count_levels(infos)
     if num_levels < MIN_LEVELS:
         log.warning("%s", note)

@@ -251,7 +251,9 @@ class EvalData:
             ood = {
                 name: LabeledSet.from_images(list_images(source, config)) for name, source in config.ood_images.items()
             }
-            return cls(*datasets.load_train_test(config.images, config.test_images, config), ood)
+            train, test = datasets.load_train_test(config.images, config.test_images, config)
+            count = config.max_images or max(len(train), len(test))
+            return cls(train.sample(count), test.sample(count), ood)
         if config.test_images is None:
             return cls(*datasets.split_train_test(LabeledSet.without_labels(images)))
         return cls(

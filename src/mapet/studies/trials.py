@@ -36,7 +36,7 @@ from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, format_condition
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from mapet.training.estimate import flops_per_image
+from mapet.training.flops import flops_per_image
 from mapet.training.tasks.finetuning import FinetuningTask
 from mapet.training.tasks.pretraining import PretrainingTask
 from mapet.training.trainer import Trainer

@@ -287,6 +287,11 @@ class ProgressDisplay:
         self._done += 1
         self._bar.update()
 
+    def set_total(self, total: int) -> None:
+        """Change the number of steps of the run."""
+        self._total = self._bar.total = total
+        self._bar.refresh()
+
     def log_metrics(self, metrics: dict[str, float], epoch_ended: bool) -> None:
         """Show the metrics on the terminal's two lines, and log a line for the epoch if it has ended.
 

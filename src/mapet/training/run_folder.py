@@ -194,7 +194,7 @@ def resolve_resume_config(config: C, command: str, mutable: frozenset[str] = MUT
         )
     old = build_config(type(config), read_config(path), path)
     # They keep the run's values, which may be automatic ones.
-    not_given = {name for name, value in config if value is None}
+    not_given = {name for name, value in config if value is None or value == "auto"}
     moved = {name for name in PATH_OPTIONS - not_given if getattr(old, name, None) is not None}
     if changed := diff_configs(old, config, mutable | not_given | moved):
         hint = restart_hint(run) if command == "pretrain" else f"with new options: a new {option('out')}"

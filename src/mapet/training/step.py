@@ -3,13 +3,15 @@
 import importlib.util
 import inspect
 import logging
+import math
 import warnings
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +31,8 @@ CPU_CACHE_BYTES = 6 << 20
 """Bytes of one activation that a CPU's caches hold beside what it is made from (measured: python -m benchmarks training_step)."""
 MAX_WARMUP_START_LR = 1e-6
 """Learning rate of the first step of a warm-up (or the peak, if that is lower)."""
+DECAY_FRACTION = 0.2
+"""Fraction of the steps over which the rate of the schedule 'constant' falls (Hägele et al., arXiv 2405.18392, section 3)."""
 UNSUPPORTED = {
     "Adahessian": "it needs second derivatives, which a training step does not compute",
     "Kron": "it draws random numbers of its own, so that a resumed run would differ from an uninterrupted one",
@@ -264,23 +268,58 @@ def create_optimizer(model: nn.Module, opt: str, lr: float, weight_decay: float,
     return create_optimizer_v2(model, opt, lr=lr, weight_decay=weight_decay, **options)
 
 
-def create_scheduler(optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float) -> CosineLRScheduler:
-    """Create a learning-rate schedule: one cosine over all steps, down to `min_lr`, with a linear warm-up laid over its beginning.
+class ConstantLRScheduler(Scheduler):
+    """The peak from the end of a linear warm-up on, until it falls to `min_lr` over the last `DECAY_FRACTION` of the steps.
 
-    The warm-up rises from `MAX_WARMUP_START_LR` to the peak; from then on the rate is that of the cosine, which began at step 0 and so is
-    somewhat below the peak already, as in the released code (timm without `warmup_prefix`). The rate of step 0 is set here. Call
-    `step_update(step)` before each step, counted from 0: the rate depends on the step alone. The rate of a parameter group is multiplied
-    by its `lr_scale`, if it has one (layer decay).
+    Until then a rate does not depend on `total_steps`, which may be changed meanwhile. The decay is 1 - sqrt (Hägele et al.,
+    arXiv 2405.18392, section 3).
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float, start_lr: float
+    ) -> None:
+        super().__init__(optimizer, "lr", t_in_epochs=False)
+        self.total_steps, self.warmup_steps, self.min_lr, self.start_lr = total_steps, warmup_steps, min_lr, start_lr
+
+    @staticmethod
+    def decay_start(total_steps: int) -> int:
+        """Return the number of steps before the rate begins to fall."""
+        return total_steps - round(DECAY_FRACTION * total_steps)
+
+    def _get_lr(self, t: int) -> list[float]:
+        start = self.decay_start(self.total_steps)
+        risen = min(1.0, t / max(1, self.warmup_steps))
+        fallen = math.sqrt(min(1.0, max(0, t - start) / max(1, self.total_steps - start)))
+        return [
+            min(self.start_lr + risen * (peak - self.start_lr), peak - fallen * (peak - self.min_lr))
+            for peak in self.base_values
+        ]
+
+
+def create_scheduler(
+    optimizer: Optimizer, total_steps: int, warmup_steps: int, min_lr: float, kind: Literal["cosine", "constant"] = "cosine"
+) -> Scheduler:  # fmt: skip
+    """Create a learning-rate schedule with a linear warm-up: a cosine over all steps, down to `min_lr`, or a `ConstantLRScheduler`.
+
+    The warm-up rises from `MAX_WARMUP_START_LR` to the peak and is laid over the beginning; from then on the rate of 'cosine' is that of
+    the cosine, which began at step 0 and so is somewhat below the peak already, as in the released code (timm without `warmup_prefix`).
+    The rate of step 0 is set here. Call `step_update(step)` before each step, counted from 0: the rate depends on the step alone. The
+    rate of a parameter group is multiplied by its `lr_scale`, if it has one (layer decay).
 
     Args:
         optimizer: its present learning rate, before any `lr_scale`, is the peak; it is changed.
         total_steps: of the run, warm-up included.
-        warmup_steps: 0 or more; if it exceeds `total_steps`, that is used.
+        warmup_steps: 0 or more; of a cosine at most `total_steps`.
         min_lr: final rate; if it exceeds the peak, the peak is used.
+        kind: option `schedule`.
     """
     peak = optimizer.param_groups[0]["lr"]
-    warmup = {"warmup_t": min(warmup_steps, total_steps), "warmup_lr_init": min(MAX_WARMUP_START_LR, peak)}
-    cosine_steps = max(2, total_steps)  # of 1 timm warns; the rate of its only step is the same
-    schedule = CosineLRScheduler(optimizer, cosine_steps, lr_min=min(min_lr, peak), t_in_epochs=False, **warmup)
+    start_lr, min_lr = min(MAX_WARMUP_START_LR, peak), min(min_lr, peak)
+    if kind == "constant":
+        schedule: Scheduler = ConstantLRScheduler(optimizer, total_steps, warmup_steps, min_lr, start_lr)
+    else:
+        cosine_steps = max(2, total_steps)  # of 1 timm warns; the rate of its only step is the same
+        warmup = {"warmup_t": min(warmup_steps, total_steps), "warmup_lr_init": start_lr}
+        schedule = CosineLRScheduler(optimizer, cosine_steps, lr_min=min_lr, t_in_epochs=False, **warmup)
     schedule.step_update(0)
     return schedule

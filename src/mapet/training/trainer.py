@@ -12,18 +12,26 @@ import torch
 from torch import Tensor
 
 from mapet import distributed
+from mapet.config.base import write_config
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import Batch, EpochBatchSampler, UnreadableImages, create_loader
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option, pluralize
-from mapet.run_state import record
+from mapet.run_state import CONFIG_FILE, record
 from mapet.signals import StopRequest, stop_signals
 from mapet.training import checkpoint
 from mapet.training.metrics import LossMonitor, MetricLogger, ProgressDisplay
 from mapet.training.run_folder import RunFolder, check_trackers_installed, command_to_resume, resolve_resume_config
 from mapet.training.sharding import apply_fsdp, full_state_dict, full_tensor
-from mapet.training.step import ForwardBackward, auto_compile, create_optimizer, create_scheduler
+from mapet.training.step import (
+    ConstantLRScheduler,
+    ForwardBackward,
+    auto_compile,
+    create_optimizer,
+    create_scheduler,
+)
 from mapet.training.task import LossModule, M, R, Task, merge_outputs
+from mapet.training.time_budget import TimeBudget
 
 log = logging.getLogger("mapet")
 T = TypeVar("T")
@@ -45,6 +53,7 @@ class Trainer(Generic[M, R]):
         num_rollbacks: how often the run went back to an earlier checkpoint's weights because of NaN or Inf.
         stateful: objects with a state dict that checkpoints hold beside model and optimizer, by name.
         folder: writes metrics and log of a run; None on ranks other than 0 and without `out`.
+        budget: corrects the number of steps in a run with the option `max_minutes`; None in others.
         stop: its `signal_name` names the signal that asked this process to stop; '' while none has.
         forward_backward: computes losses and gradients in micro-batches; made by `fit`.
         metrics, monitor, display: add up metrics; warn about NaN, Inf and loss spikes; show progress.
@@ -71,21 +80,21 @@ class Trainer(Generic[M, R]):
         task.build(config, self.compute)
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         self.sampler = EpochBatchSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
-        self.total_steps, self.steps_per_epoch = len(self.sampler), self.sampler.steps_per_epoch
+        self.total_steps, self.steps_per_epoch = self.sampler.total_steps, self.sampler.steps_per_epoch
         if config.fsdp:
             apply_fsdp(task.model, self.compute)
         task.config = task.config.model_copy(update=self._auto_values(task.config))
         options = {"layer_decay": task.layer_decay, "betas": task.betas}
         self.optimizer = create_optimizer(task.model, config.opt, task.config.lr, config.weight_decay, **options)
         warmup_steps = round(task.config.warmup_epochs * self.steps_per_epoch)
-        self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr)
+        self.schedule = create_scheduler(self.optimizer, self.total_steps, warmup_steps, config.min_lr, config.schedule)
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
         task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
     def _auto_values(self, config: Any) -> dict[str, Any]:
-        """Return values for those of four options that are None: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval`.
+        """Return values for automatic options: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval` if None, `precision` if 'auto'.
 
         The learning rate is the task's `base_lr` at a batch of `base_batch_size`, and grows with the square root of the batch,
         which is Adam's rule (Malladi et al., arXiv 2205.10287); SGD's linear one would make small batches learn too slowly. It is at
@@ -96,7 +105,7 @@ class Trainer(Generic[M, R]):
             config: of the task, with a resolved `batch_size`: images per step, of all ranks together.
 
         Returns:
-            Option name -> value, for the options that are None. `micro_batch_size` is per rank, `log_interval` is in steps.
+            Option name -> value, for the automatic options alone. `micro_batch_size` is per rank, `log_interval` is in steps.
         """
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
         if batch_size > num_images:
@@ -110,9 +119,10 @@ class Trainer(Generic[M, R]):
             "micro_batch_size": task.auto_micro_batch(local_batch_size),
             "lr": lr,
             "warmup_epochs": config.epochs * task.warmup_fraction,
+            "precision": self.compute.precision,
             "log_interval": min(MAX_AUTO_LOG_INTERVAL, -(-self.steps_per_epoch // task.logs_per_epoch)),
         }
-        return {name: value for name, value in auto.items() if getattr(config, name) is None}
+        return {name: value for name, value in auto.items() if getattr(config, name) in (None, "auto")}
 
     def fit(self) -> R:
         """Train from the first step, or from the newest checkpoint if `resume` is set; a collective call.
@@ -194,18 +204,37 @@ class Trainer(Generic[M, R]):
             MapetError: too many images are unreadable, memory does not suffice for one image, or a checkpoint cannot be written.
         """
         self._saved_at = time.monotonic()
+        self.budget = TimeBudget.open(self.task.config, self.step)
         loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
         with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
             for batch in self.metrics.time_data(loader):
                 self._train_step(batch)
                 self.step += 1
                 self.display.update()
+                if self.budget and (num_steps := self.budget.correct(self.step, self.total_steps)):
+                    self._set_total_steps(num_steps)
                 if self._epoch_ended or is_log_step(self.step, self.steps_per_epoch, self.task.config.log_interval):
                     self._log_metrics()
                 if self._epoch_ended:
                     self._evaluate(math.ceil(self.step / self.steps_per_epoch))
                 if self.checkpoints:
                     self._save_if_due()
+                if self.step == self.total_steps:  # the loader may have read further, as it is ahead
+                    break
+
+    def _set_total_steps(self, num_steps: int) -> None:
+        """Change the number of steps of the run, everywhere it is used, also in config.yaml; learning rates so far do not depend on it."""
+        assert isinstance(self.schedule, ConstantLRScheduler)
+        num_steps = max(num_steps, self.schedule.warmup_steps + 1)
+        self.total_steps = self.schedule.total_steps = num_steps
+        epochs = self.sampler.epochs = num_steps / self.steps_per_epoch
+        self.display.set_total(num_steps)
+        task = self.task
+        task.config = task.config.model_copy(update={"epochs": epochs})
+        record(task.config.out, config=task.config, counts={"total_steps": num_steps})
+        if self.folder:
+            write_config(task.config, self.folder.path / CONFIG_FILE)
+        log.info("%s steps in all, to keep to the time: %.1f epochs", f"{num_steps:,}", epochs)
 
     @property
     def _epoch_ended(self) -> bool:

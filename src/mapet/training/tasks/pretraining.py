@@ -46,6 +46,8 @@ from mapet.training.task import StepOutput, Task
 log = logging.getLogger("mapet")
 MAX_AUTO_BATCH_SIZE, MAX_AUTO_CPU_BATCH_SIZE, MIN_AUTO_BATCH_SIZE = 2048, 256, 16
 """Limits of the automatic batch size: the paper's, where a CPU gets no faster, and the least for small data sets."""
+MAX_EPOCH_LINES = 100
+"""About as many lines of the log, if a run has more epochs."""
 MIN_STEPS_PER_EPOCH = 20
 """Steps per epoch that an automatic batch size above the minimum leaves."""
 MAX_MEMORY_FRACTION = 0.6
@@ -61,15 +63,15 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> ViTForPreTraini
     """
     teacher, feature_size = tokenizer.description["teacher"], tokenizer.description["feature_size"]
     sizes = tokenizer.student_size, teacher["patch_size"], teacher["channels"]
-    return _build_model(config, *sizes, tokenizer.vocab_size, feature_size)
+    return build_model_for(config, *sizes, tokenizer.vocab_size, feature_size)
 
 
 def check_model_config(config: PretrainConfig, fitting: FitTokenizerConfig) -> None:
     """Raise the MapetErrors of `build_model` before the tokenizer exists that `fit-tokenizer` will fit with config `fitting`."""
-    _build_model(config, fitting.image_size, fitting.patch_size, fitting.channels, fitting.vocab_size or 2, 1)
+    build_model_for(config, fitting.image_size, fitting.patch_size, fitting.channels, fitting.vocab_size or 2, 1)
 
 
-def _build_model(
+def build_model_for(
     config: PretrainConfig, image_size: tuple[int, int], patch_size: int, channels: int, vocab_size: int, feature_size: int
 ) -> ViTForPreTraining:  # fmt: skip
     """Build the ViT and its prediction head, with the weights that `seed` or `init_from` of the config give.
@@ -226,6 +228,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         if config.target == "tokens":
             self.num_counts, self.mean_names = tokenizer.vocab_size, ("token_accuracy",)
         self.same_shapes = not config.varies_context
+        self.epochs_per_line = max(1, round(config.epochs / MAX_EPOCH_LINES))
         if config.probe_every != 0 and (config.probe_images is not None or images.classes() is not None):
             probe_images = (
                 images
