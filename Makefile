@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-minimum test-package bench docs lint clean
+.PHONY: demo test test-slow test-crash test-minimum test-package bench docs lint clean
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mapet needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python3"; exit 1; }
@@ -23,6 +23,9 @@ test: $(READY) lint  ## every test but the slow ones
 
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
+
+test-crash: $(READY)  ## every command ended at each of its writes and resumed: hours; a later call goes on where this one stopped
+	$(BIN)/python -m tests.crash_points --state .crash_points.json
 
 test-minimum:  ## unit and parity tests with the lowest versions that pyproject.toml allows; 6 GB in a temporary folder
 	tests/minimum.sh $(PYTHON)

@@ -342,4 +342,8 @@ def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
         mapet.fit_tokenizer(out=tmp_path / "t", **options, seed=1, resume=True)
     again = mapet.fit_tokenizer(out=tmp_path / "t", **options, resume=True)
     assert again.hash == whole.hash and not checkpoint.exists()
+    assert mapet.fit_tokenizer(out=tmp_path / "t", **options, resume=True).hash == whole.hash  # finished: loaded
+    for other in ({"seed": 1}, {"patch_size": 4}, {"kmeans_metric": "l2"}):
+        with refused(tmp_path / "t", *other):
+            mapet.fit_tokenizer(out=tmp_path / "t", **options | other, resume=True)
     assert whole.description["fit_config"]["kmeans_metric"] == "cosine"

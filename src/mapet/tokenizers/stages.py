@@ -29,12 +29,20 @@ from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, format_size, option, pluralize
-from mapet.files import KMEANS_STATE, MANIFEST, create_output_dir
+from mapet.files import KMEANS_STATE, MANIFEST, check_same_options, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
 from mapet.tokenizers.quantizers import FitResult, Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.tokenizer import Teacher, Tokenizer, load_tokenizer, make_teacher, save_tokenizer
+from mapet.tokenizers.tokenizer import (
+    DESCRIPTION,
+    SETTINGS,
+    Teacher,
+    Tokenizer,
+    load_tokenizer,
+    make_teacher,
+    save_tokenizer,
+)
 
 log = logging.getLogger("mapet")
 RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
@@ -52,7 +60,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
 
     The folder appears at the end, complete. Until then only k-means saves its state, in the hidden file OUT/.kmeans.safetensors, which the
     tokenizer's folder replaces. With `config.resume` and the same options, a fit that was stopped computes the features again and resumes at
-    the last saved round of k-means; a fit stopped before that restarts.
+    the last saved round of k-means; a fit stopped before that restarts, and one that had finished is returned.
 
     Returns:
         The tokenizer, with its teacher, on the device of `config`.
@@ -63,6 +71,8 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
             without `config.resume`, is damaged, or is of other options; too many unreadable images; fewer patches than codes or fewer
             images than ranks; the teacher's weights cannot be read or downloaded; or its features do not fit memory and disk.
     """
+    if config.resume and (config.out / DESCRIPTION).exists():
+        return _load_finished(config)
     create_output_dir(config.out, create=False)
     checkpoint = config.out / KMEANS_STATE
     if checkpoint.exists() and not config.resume:
@@ -103,6 +113,26 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
     tokenizer = save_tokenizer(config.out, teacher, result, fit_config, images.read_options)
     _warn_if_interpolated(teacher)
     log.info("saved %s", config.out)
+    return tokenizer
+
+
+def _load_finished(config: FitTokenizerConfig) -> Tokenizer:
+    """Load the tokenizer that an earlier call with `config.out` has finished.
+
+    Raises:
+        MapetError: it was fitted with other images or options, or is damaged.
+    """
+    tokenizer = load_tokenizer(config.out)
+    recorded = tokenizer.description["teacher"] | tokenizer.description["fit_config"]
+    values = config.model_dump(mode="json")
+    now = {key: values[name] for key, name in SETTINGS.items()} | {name: values[name] for name in RECORDED}
+    now |= {"images_hash": list_images(config.images).hash}
+    now["teacher"] = (
+        config.teacher[0] if len(config.teacher) == 1 else [*config.teacher]
+    )  # as `make_teacher` records it
+    now = {key: value for key, value in now.items() if key in recorded and value is not None}
+    check_same_options(config.out, {key: recorded[key] for key in now}, now)
+    log.info("%s is finished", config.out)
     return tokenizer
 
 
