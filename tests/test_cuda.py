@@ -19,7 +19,7 @@ from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.kmeans import KMeans, assign
 from mapet.training import trainer
 from mapet.training.step import ForwardBackward
-from tests.conftest import make_batch
+from tests.conftest import make_batch, teacher_of
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -109,6 +109,20 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
     found, far = assign(points.cuda(), cpu.centroids.cuda())
     assert torch.equal(found.cpu(), ids)
     assert torch.allclose(far.cpu(), distances, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["hog", "whitened"])
+def test_features_without_training_are_the_cpu_s(name):
+    """But for pixels whose orientation lies at the edge of two bins, which rounding may move."""
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = []
+    for device in ("cpu", "cuda"):
+        teacher = teacher_of(name, (32, 32), 4).to(device)
+        if teacher.is_fitted_to_images:
+            teacher.fit(lambda device=device: [images.to(device)], len(images))
+        features.append(teacher(images.to(device)).cpu())
+    differing = (features[1] - features[0]).abs() > 1e-3 * features[0].abs().max()
+    assert differing.float().mean() < 1e-3
 
 
 def test_out_of_memory_goes_on_with_fewer_images(caplog):

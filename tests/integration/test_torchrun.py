@@ -22,7 +22,7 @@ ARGUMENTS = {
     "prepare": "--images FEW --channels 1",
     "train-tokenizer": f"FLOAT32 --images FEW {TINY_IMAGES} --epochs 1 --vocab-size 8 --batch-size 100 "
     "--model-args embed_dim=64 depth=1 num_heads=1 --decoder-depth 1",
-    "fit-tokenizer": f"--images FEW {TINY_IMAGES} --vocab-size 16",
+    "fit-tokenizer": f"--images FEW {TINY_IMAGES} --vocab-size 16 --teacher hog whitened",
     "tokenize": "--images FEW --tokenizer TOKENIZER",
     "pretrain": f"--images FEW --tokenizer TOKENIZER --tokens TOKENS --epochs 1 --probe-every 0 {TINY_MODEL}",
     "evaluate": "--images LABELED --backbone RUN --protocols logistic knn cluster few-shot",
