@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import mapet
@@ -134,7 +135,7 @@ def measure(backbone: Path, train: Path, test: Path) -> list[Row]:
     rows, num_classes = [], len(train_set.classes)
     for (pool, layers), x in features.items():
         test_x, probe = test_features[pool, layers], fit_logistic(x, labels, num_classes)
-        similarity, nearest = nearest_neighbors([(0, x)], test_x, KNN_K)
+        similarity, nearest = nearest_neighbors([(0, x)], test_x, KNN_K, StandardScaler().fit(x.numpy()))
         votes = F.one_hot(labels[nearest], num_classes) * (similarity / KNN_TEMPERATURE).exp()[..., None]
         row: Row = {"pool": pool, "layers": layers, "width": x.shape[1], "C": probe.C}
         for name, scores in (("logistic", probe(test_x)), ("knn", votes.sum(1).log())):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mapet.data.sources import list_images
@@ -33,11 +34,9 @@ def accuracy(train, train_labels, test, test_labels):
 
 def test_knn_equals_scikit_learn_with_the_same_weights():
     data = two_clouds(1.0)
-    unit = [torch.nn.functional.normalize(x, dim=1).double().numpy() for x in (data[0], data[2])]
-    reference = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine").fit(
-        unit[0], data[1]
-    )
-    assert accuracy(*data)["knn"] == pytest.approx(reference.score(unit[1], data[3]))
+    neighbors = KNeighborsClassifier(20, weights=lambda d: np.exp((1 - d) / 0.07), metric="cosine")
+    reference = make_pipeline(StandardScaler(), neighbors).fit(data[0].double().numpy(), data[1])
+    assert accuracy(*data)["knn"] == pytest.approx(reference.score(data[2].double().numpy(), data[3]))
 
 
 def test_linear_probe_is_perfect_on_separable_and_chance_on_noise():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from mapet.config.evaluation import EvaluateConfig
@@ -125,7 +126,9 @@ def test_views_of_one_picture_are_alike(sets, tmp_path):
 
 def test_neighbors_are_the_nearest_colors(sets, tmp_path):
     details = PROTOCOLS["nearest-neighbors"].run(context_of(sets, tmp_path)).details
-    train, test = (F.normalize(torch.from_numpy(colors_of(part)), dim=1) for part in (sets.train, sets.test))
+    scaler = StandardScaler().fit(colors_of(sets.train))
+    scaled = (scaler.transform(colors_of(part)) for part in (sets.train, sets.test))
+    train, test = (F.normalize(torch.from_numpy(part).float(), dim=1) for part in scaled)
     assert len(set(details["queries"])) == 10
     for query, nearest, similarity in zip(*(details[k] for k in ("queries", "nearest", "similarity")), strict=True):
         expected = (train @ test[query]).topk(8).values.tolist()

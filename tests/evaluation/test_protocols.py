@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
 
 from mapet.data.image_list import ImageFiles
 from mapet.data.sources import list_images
@@ -102,12 +104,15 @@ def test_few_label_splits_are_the_documented_function():
 
 def test_neighbors_over_blocks_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(500, 8, generator=generator), torch.randn(30, 8, generator=generator)
-    similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20)
-    table = torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(bank, dim=1).T
-    expected = table.topk(20)
-    assert torch.equal(rows, expected.indices)
-    torch.testing.assert_close(similarity, expected.values)
+    bank, queries = (
+        4 * torch.rand(8, generator=generator) * torch.randn(n, 8, generator=generator) + 5 for n in (500, 30)
+    )
+    scaler = StandardScaler().fit(bank.numpy())
+    similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20, scaler)
+    found = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(scaler.transform(bank.numpy()))
+    distances, expected = found.kneighbors(scaler.transform(queries.numpy()))
+    assert np.array_equal(rows, expected)
+    assert similarity.numpy() == pytest.approx(1 - distances, abs=1e-5)
 
 
 def cache_of(features, labels, columns, memory=1 << 30, scratch=Path()):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from mapet.config.evaluation import EvaluateConfig
@@ -21,7 +22,7 @@ from mapet.evaluation.datasets import AnyImageSet, DetectionSet, LabeledSet, Seg
 from mapet.evaluation.features import BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.imbalance import Statistic, balanced_accuracy, imbalance_statistics, name_rows
 from mapet.evaluation.logistic_regression import LogisticProbe, fit_logistic
-from mapet.evaluation.probes import KNN_K, nearest_neighbors
+from mapet.evaluation.probes import KNN_K, fit_scaler, nearest_neighbors
 
 NUM_SHOWN = 8
 """Neighbors of each image in the figure, at most."""
@@ -312,12 +313,17 @@ class EvalContext:
         return FeatureCache.extract(self.backbone, data, self.cache, self.options.layers, self.options.pool)
 
     @cached_property
+    def scaler(self) -> StandardScaler:
+        """Mean and standard deviation of the features of `train`, by which they are standardized."""
+        return fit_scaler(self.train)
+
+    @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-        """(cosine similarities, rows in `train`) of the `KNN_K` training images nearest to each row of `test`, nearest first.
+        """(cosine similarities of standardized features, rows in `train`) of the `KNN_K` training images nearest to each row of `test`.
 
         They are compared by the features of all `layers`; with fewer than `KNN_K` readable training images, k is their number.
         """
-        return nearest_neighbors(self.train.blocks(), self.test.layer_features(), KNN_K)
+        return nearest_neighbors(self.train.blocks(), self.test.layer_features(), KNN_K, self.scaler)
 
     @cached_property
     def logistic(self) -> LogisticProbe:

@@ -30,7 +30,7 @@ from mapet.errors import MapetError
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.features import MAX_UNREADABLE, check_finite_features
 from mapet.evaluation.logistic_regression import fit_logistic
-from mapet.evaluation.probes import extract_features, nearest_neighbors, sample_for_probe
+from mapet.evaluation.probes import extract_features, fit_scaler, nearest_neighbors, sample_for_probe
 from mapet.evaluation.token_metrics import TokenPair
 from mapet.models.pretraining import ViTForPreTraining
 from mapet.tokenizers.tokenizer import Tokenizer
@@ -386,7 +386,7 @@ def retrieve_images(
     # Rows of the cache are in random order; sorted by image, the queries are spread evenly over the list of images.
     spread = np.linspace(0, len(test_cache) - 1, min(NUM_QUERIES, len(test_cache))).round().astype(int)
     queries = test_cache.index.argsort()[spread]
-    _, nearest = nearest_neighbors(train_cache.blocks(), features[queries], NUM_NEAREST)
+    _, nearest = nearest_neighbors(train_cache.blocks(), features[queries], NUM_NEAREST, fit_scaler(train_cache))
     indices = test_cache.index[queries].tolist(), train_cache.index[nearest].tolist()
     rows = render_neighbors(vit.patch_embed.img_size, vit.in_chans, train, test, *indices)
     return rows, train.classes, confusion

@@ -51,7 +51,7 @@ def probe_accuracy(train: FeatureCache, test: FeatureCache) -> dict[str, float]:
     """
     features, num_classes = test.layer_features(), int(train.labels.max()) + 1
     logits = fit_logistic(train.layer_features(), train.labels, num_classes)(features)
-    votes = knn_logits(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K))
+    votes = knn_logits(train, num_classes, *nearest_neighbors(train.blocks(), features, KNN_K, fit_scaler(train)))
     scores = {name: score_classifier(each, test.labels) for name, each in (("logistic", logits), ("knn", votes))}
     return {row: score for name, by_kind in scores.items() for row, score in name_rows(name, by_kind).items()}
 
@@ -68,22 +68,26 @@ def fit_scaler(cache: FeatureCache) -> StandardScaler:
 
 
 def nearest_neighbors(
-    blocks: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int
+    blocks: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int, scaler: StandardScaler
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Find the `k` rows nearest to each query by cosine similarity, among rows that may be too many for memory.
+    """Find the `k` rows nearest to each query by cosine similarity of standardized features, among rows that may be too many for memory.
+
+    DINO does not standardize. Without it a common offset, as that of raw pixels, or a few features of large variance decide the cosine.
 
     Args:
         blocks: consecutive blocks of rows, each (index of the block's first row, its rows); they need not be normalized.
         queries: feature vectors to find neighbors of; they need not be normalized.
         k: number of neighbors; with fewer rows, all of them are returned.
+        scaler: fitted on the rows (`fit_scaler`); rows and queries are standardized by its mean and scale.
 
     Returns:
         (cosine similarities, row indices) of the nearest rows of each query, nearest first; with fewer than `k` rows, (m, rows).
     """
-    queries = F.normalize(queries, dim=1)
+    mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
+    queries = F.normalize((queries - mean) / scale, dim=1)
     similarity, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     for first_row, block in blocks:
-        block = F.normalize(block, dim=1)
+        block = F.normalize((block - mean) / scale, dim=1)
         # 1024 queries at a time, which bounds the memory of the similarities.
         nearest = [(part @ block.T).topk(min(k, len(block)), dim=1) for part in queries.split(1024)]
         similarity = torch.cat([similarity, torch.cat([part.values for part in nearest])], 1)

@@ -72,7 +72,7 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
 @protocol("labels")
 def knn(context: EvalContext) -> ProtocolResult:
-    """Evaluate weighted k-NN by cosine similarity of features, as in DINO.
+    """Evaluate weighted k-NN by cosine similarity of standardized features, else as in DINO.
 
     Unreadable training and test images are excluded.
 
@@ -148,7 +148,7 @@ def few_shot(context: EvalContext) -> ProtocolResult:
         MapetError: a class has fewer training images than an amount.
     """
     result = ProtocolResult()
-    train, test_features, scaler = context.train, context.test.layer_features(), probes.fit_scaler(context.train)
+    train, test_features = context.train, context.test.layer_features()
     # Features of readable images are in random order, `train.index[row]` being the image of a row: the inverse, -1 for unreadable ones.
     row_of_image = torch.full((len(context.data.train),), -1)
     row_of_image[train.index] = torch.arange(len(train))
@@ -159,7 +159,7 @@ def few_shot(context: EvalContext) -> ProtocolResult:
             rows = row_of_image[torch.from_numpy(few_shot_split(context.data.train, amount, seed))]
             rows = rows[rows >= 0]
             x, y = train.layer_features(rows), train.labels[rows]
-            probe = fit_logistic(x, y, len(context.classes), scaler=scaler)
+            probe = fit_logistic(x, y, len(context.classes), scaler=context.scaler)
             by_seed.append(name_rows(name, score_classifier(probe(test_features), context.test.labels)))
         result.details |= {row: [scores[row] for scores in by_seed] for row in by_seed[0]}
         result.metrics |= {row: eval_context.mean_over_seeds(result.details[row]) for row in by_seed[0]}
@@ -202,8 +202,8 @@ def multi_label(context: EvalContext) -> ProtocolResult:
     train, test = context.data.boxes
     train_targets = torch.from_numpy(train.image_labels)[context.train.index]
     targets = torch.from_numpy(test.image_labels)[context.test.index]
-    x, test_x, scaler = context.train.layer_features(), context.test.layer_features(), probes.fit_scaler(context.train)
-    logits = [fit_logistic(x, target, 2, scaler=scaler)(test_x) for target in train_targets.T]
+    x, test_x = context.train.layer_features(), context.test.layer_features()
+    logits = [fit_logistic(x, target, 2, scaler=context.scaler)(test_x) for target in train_targets.T]
     # Logit that the class is shown. It is infinite if all training images show the class, or none; `nan_to_num` makes it finite.
     scores = torch.stack([pair[:, 1] - pair[:, 0] for pair in logits], 1).nan_to_num()
 
@@ -369,7 +369,7 @@ def cluster(context: EvalContext) -> ProtocolResult:
 
 @protocol("images")
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
-    """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of features, for a figure.
+    """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of standardized features, for a figure.
 
     Returns:
         No metrics. `details` has 'queries', indices of readable test images; 'nearest', for each query the indices of its nearest
@@ -410,7 +410,7 @@ def ood(context: EvalContext) -> ProtocolResult:
         parts = ((rows, context.classify(backbone, x), context.pooled(backbone, x)) for rows, x in batches)
         index, logits, features = _concatenate(parts)
         labels = torch.from_numpy(data.labels)[index]
-        neighbors = probes.nearest_neighbors(context.train.blocks(), features, probes.KNN_K)
+        neighbors = probes.nearest_neighbors(context.train.blocks(), features, probes.KNN_K, context.scaler)
         votes = probes.knn_logits(context.train, len(classes), *neighbors)
         is_missing = ~torch.from_numpy(is_shared)
         logits[:, is_missing] = votes[:, is_missing] = -torch.inf
