@@ -1,5 +1,6 @@
 """Mistakes in options, recipes and folders end in one clear line, through the command line."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -674,5 +675,10 @@ def test_a_stdout_that_takes_no_more_ends_no_command(stream, crops, tmp_path, mo
             patch.setattr(sys, "stderr", None)
         argv = ["fit-tokenizer", "--images", str(crops), "--out", str(tmp_path / "t"), "--vocab-size", "8", *TINY_FIT]
         assert main(argv) == 0
+        for each in [stdout] if stdout else [sys.stdout, sys.stderr]:
+            with contextlib.suppress(OSError):
+                each.close()
+    if stream != "closed":
+        os.close(writer)
     logging.getLogger("mapet").handlers.clear()
     assert (tmp_path / "t" / "codebook.safetensors").is_file() and RunState.read(tmp_path / "t").status == "finished"
