@@ -237,6 +237,13 @@ def _abbreviate_hash(value: Any) -> str:
     return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
+def remove_dir(path: Path) -> None:
+    """Remove a folder: it is renamed to a temporary first, so that a crash leaves no half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
+
+
 def write_manifest(folder: Path, kind: str, version: int, content: dict[str, Any]) -> None:
     """Write FOLDER/manifest.json of a folder of data, with its kind and format version, checksummed."""
     write_checksummed_json(folder / MANIFEST, {"kind": kind, "format_version": version, **content})

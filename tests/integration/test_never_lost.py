@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import mapet
@@ -460,3 +462,63 @@ def test_what_the_disk_garbles_is_noticed(options, monkeypatch):
     with refused("head.bias"):
         mapet.pretrain(**options)
     assert not list((options["out"] / "checkpoints").glob("*"))
+
+
+# ---- damaged checkpoints, and images that have changed
+
+
+def damage(checkpoint):
+    with (checkpoint / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize("steps", [[2], [4, 6]])
+def test_damaged_newer_checkpoints_do_not_outlive_the_last_good_one(steps, options, run_dir, monkeypatch, caplog):
+    """The final one is written again; with one checkpoint kept, the good one is not removed in favor of the damaged."""
+    monkeypatch.setattr(trainer, "KEEP_CHECKPOINTS", 9)
+    mapet.pretrain(**options | {"checkpoint_interval_min": 1e-9})
+    shutil.rmtree(options["out"] / "backbone")
+    saved = options["out"] / "checkpoints"
+    for checkpoint in saved.iterdir():
+        if int(checkpoint.name[5:]) >= steps[0]:
+            damage(checkpoint)
+    monkeypatch.setattr(trainer, "KEEP_CHECKPOINTS", 1)
+    with monkeypatch.context() as patch:
+        StopAt(patch, steps[0])
+        with pytest.raises(Interrupted):
+            mapet.pretrain(**options | {"checkpoint_interval_min": 1e-9}, resume=True)
+    assert [checkpoint.name for checkpoint in saved.iterdir()] == [f"step-{steps[0]:08d}"]
+    mapet.pretrain(**options, resume=True)
+    assert_identical(run_dir, options["out"])
+    assert f"step-{steps[0]:08d} is removed" in caplog.text
+
+
+@pytest.mark.parametrize("command", ["finetune", "train_tokenizer", "pretrain"])
+def test_images_with_other_contents_are_not_resumed(command, options, run_dir, digits, tmp_path, monkeypatch):
+    """Names and sizes stay as they were, as of bitmaps of one size."""
+    images = tmp_path / "images"
+    for path in sorted((digits / "test").rglob("*.png"))[::6]:
+        target = images / path.parent.name / f"{path.stem}.bmp"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(target)
+    given = {"images": images, "out": tmp_path / "run", "epochs": 2, "batch_size": 10, "device": "cpu"}
+    given |= {
+        "finetune": {"backbone": run_dir, "test_images": images, "views": "center"},
+        "train_tokenizer": {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 8, "model_args": TINY_VQKD},
+        "pretrain": {"tokenizer": options["tokenizer"], "model_args": options["model_args"], "probe_every": 0},
+    }[command]
+    call = getattr(mapet, command)
+    with monkeypatch.context() as patch:
+        StopAt(patch, 2)
+        with pytest.raises(Interrupted):
+            call(**given)
+    changed = sorted(images.rglob("*.bmp"))[0]
+    data = bytearray(changed.read_bytes())
+    data[-8:] = bytes(8 * [255])
+    changed.write_bytes(data)
+    with refused("image_contents", tmp_path / "run"):
+        call(**given, resume=True)
+
+
+TINY_VQKD = {"embed_dim": 64, "depth": 1, "num_heads": 1}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option
 from mapet.evaluation.eval_context import MetricValue, mean_over_seeds
 from mapet.evaluation.imbalance import METRIC_NAMES
-from mapet.files import create_output_dir
+from mapet.files import create_output_dir, remove_dir
 from mapet.reports.evaluation import format_metric
 from mapet.reports.model_card import finetuning_provenance
 from mapet.reports.page import write_run_report
@@ -115,7 +114,7 @@ def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
         # One call: a run whose run.json has the accuracy is finished, and is not completed by resuming.
         counts, hashes = {"images": len(train.labels), "test_images": num_test}, {"images": train.images.hash}
         record(config.out, counts=counts, hashes=hashes, results=results)
-        shutil.rmtree(config.out / "checkpoints")  # no longer needed: a finished run is not resumed
+        remove_dir(config.out / "checkpoints")  # no longer needed: a finished run is not resumed
     return {kind: metric.value for kind, metric in metrics.items()}, trainer.stop.signal_name
 
 

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,8 @@ from mapet.data.readers.image import MAX_BYTES, ImageDecodeError, ImageFile, Laz
 from mapet.data.readers.open import count_pages, open_image
 from mapet.device import num_workers
 
+NUM_HASHED = 64
+"""Images whose contents stand for all in `ImageList.content_hash`: to read all would take as long as an epoch."""
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
 
@@ -177,6 +180,15 @@ class ImageList(Sequence[Path]):
         digest = hashlib.sha256()
         for part in (self.ids.ends.data, self.ids.block, np.ascontiguousarray(self.file_sizes).data):
             digest.update(part)
+        return digest.hexdigest()
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 over the bytes of `NUM_HASHED` images, spread over the list; those that cannot be read count as empty."""
+        digest = hashlib.sha256()
+        for index in np.unique(np.linspace(0, len(self) - 1, NUM_HASHED).round().astype(int)).tolist():
+            with suppress(OSError, ImageDecodeError):
+                digest.update(hashlib.sha256(self.data(index)).digest())
         return digest.hexdigest()
 
     def read_as(self, options: ReadOptions) -> Self:

@@ -85,7 +85,7 @@ def save_checkpoint(
             f"{shutil.disk_usage(folder).free:,} free; {last}. Free disk space and resume with {option('resume', True)}"
         ) from None
     for old in checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+        files.remove_dir(old)
 
 
 def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -161,6 +161,17 @@ def checkpoints(folder: Path) -> list[Path]:
 def checkpoint_step(path: Path) -> int:
     """Return the number of steps that a checkpoint's folder has in its name: 12 for step-00000012."""
     return int(path.name.removeprefix("step-"))
+
+
+def remove_newer(folder: Path, step: int) -> None:
+    """Remove the checkpoints after a step: they were damaged, as the run resumes from that step, and would count as the newest ones.
+
+    Call it on one rank only.
+    """
+    for path in checkpoints(folder):
+        if checkpoint_step(path) > step:
+            log.warning("the damaged checkpoint %s is removed: the run resumes at step %d", path, step)
+            files.remove_dir(path)
 
 
 def load_checkpoint(

@@ -78,6 +78,8 @@ class Trainer(Generic[M, R]):
             distributed.barrier()  # all ranks have read the folder before rank 0 writes to it
         self.compute = ComputeContext.from_options(config.device, config.precision)
         task.build(config, self.compute)
+        if config.out:  # that checkpoints are kept in
+            task.hashes |= {"image_contents_hash": task.dataset.images.content_hash}
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
         self.sampler = EpochBatchSampler(task.indices, task.config.batch_size, config.epochs, config.seed, **ranks)
         self.total_steps, self.steps_per_epoch = self.sampler.total_steps, self.sampler.steps_per_epoch
@@ -185,6 +187,8 @@ class Trainer(Generic[M, R]):
             self.step = self.sampler.first_step = state["step"]
             self.num_rollbacks = state.get("num_rollbacks", 0)
             distributed.check_same(self.step, folder)
+            if distributed.rank() == 0:
+                checkpoint.remove_newer(folder, self.step)
             if self.auto_micro_batch and state.get("micro_batch"):
                 task.config = task.config.model_copy(update={"micro_batch_size": state["micro_batch"]})
         if self.folder:
