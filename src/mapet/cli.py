@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import io
 import os
 import re
 import sys
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # started without one: its number would go to the next file that is opened
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
+        if isinstance(getattr(sys, stream), io.TextIOWrapper):  # names of files may be in any encoding
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files; in Python, its user chooses the backend
     name = argv[0] if argv else "help"
     try:

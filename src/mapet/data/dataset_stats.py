@@ -1,6 +1,8 @@
 """Statistics of a list of images: sizes, modes, classes, and what cannot be read; warnings that follow from them."""
 
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,8 @@ MAX_OUTSIDE = 0.01
 """Fraction of an image's values that may lie outside the range it is read with."""
 MIN_IMAGES = 100
 """Fewer images give a warning."""
+MASK_ENDING = re.compile(rb"(.+)([._-](?:masks?|seg|segmentation|gt))", re.IGNORECASE | re.DOTALL)
+"""Names, without extension, of what may be a mask beside an image."""
 MIN_LEVELS = 128
 """Of 256 levels of gray: images that use fewer look flat."""
 ONE_CHANNEL = "gray, and read as three equal channels: 1 channel would do"
@@ -74,8 +78,10 @@ class DatasetStats:
             counts = np.bincount(classes[1])
             names = ", ".join(classes[0][:NUM_SHOWN]) + (", ..." if len(classes[0]) > NUM_SHOWN else "")
             yield f"labels: {len(classes[0])} classes, {counts.min()} to {counts.max()} images each ({names})"
+            if self.images.label_note:
+                yield f"note: {self.images.label_note}"
         else:
-            yield "labels: none (they are taken from class folders, CLASS/image.jpg, if every image is in one)"
+            yield f"labels: none ({self.images.label_note or 'they are taken from class folders, CLASS/image.jpg, if every image is in one'})"
         if self.infos:
             sizes = np.percentile([info.size for info in self.infos], (0, 50, 100), axis=0).astype(int)
             low, middle, high = (f"{height} x {width}" for height, width in sizes)
@@ -100,7 +106,12 @@ class DatasetStats:
         if num_unreadable > max(1, max_unreadable * count):
             refused = f"other commands refuse more than {max_unreadable:.0%}"
             yield f"{num_unreadable:,} of {count:,} are unreadable: {refused}; remove them or raise {option('max_unreadable')}"
-        yield from filter(None, [few_images_warning(len(self.infos)), upscaling_warning(self.infos, image_size)])
+        warnings = (
+            few_images_warning(len(self.infos)),
+            upscaling_warning(self.infos, image_size),
+            masks_warning(self.images),
+        )
+        yield from filter(None, warnings)
 
 
 def few_images_warning(count: int) -> str:
@@ -108,6 +119,17 @@ def few_images_warning(count: int) -> str:
     are = f"{pluralize(count, 'image')} {'is' if count == 1 else 'are'}"
     hint = "expect little, and train for hundreds of epochs (see docs/requirements.md)"
     return f"{are} very few to learn from: {hint}" if count < MIN_IMAGES else ""
+
+
+def masks_warning(images: ImageList) -> str:
+    """Return a warning if names of the list are those of other images with an ending of `MASK_ENDING`, e.g. 0_mask.png beside 0.png, else ''."""
+    stems = {os.path.splitext(name)[0] for name in images.ids}
+    found = [match for stem in stems if (match := MASK_ENDING.fullmatch(stem)) and match[1] in stems]
+    if not found:
+        return ""
+    ending = found[0][2].decode()
+    fix = f"move them to a folder of their own, which {option('seg_masks')} of `mapet evaluate` takes"
+    return f"{len(found)} names end in {ending}, each beside an image of that name, and are taken for images: if they are masks, {fix}"
 
 
 def upscaling_warning(infos: list[ImageInfo], image_size: tuple[int, int], which: str = "") -> str:
@@ -164,8 +186,9 @@ def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, in
         log.warning("%s", note)
     if infos and all(info.gray for info in infos):
         log.warning(f"all %d images looked at are %s ({option('channels', 1)})", len(infos), ONE_CHANNEL)
-    if warning := upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"):
-        log.warning("%s", warning)
+    for warning in (upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"), masks_warning(images)):
+        if warning:
+            log.warning("%s", warning)
 
 
 def find_value_range(images: ImageList, channels: int) -> ImageList:

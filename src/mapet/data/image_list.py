@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+import unicodedata
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,11 +23,16 @@ from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.readers.image import MAX_BYTES, ImageDecodeError, ImageFile, LazyImage
 from mapet.data.readers.open import count_pages, open_image
 from mapet.device import num_workers
+from mapet.errors import option
 
 NUM_HASHED = 64
 """Images whose contents stand for all in `ImageList.content_hash`: to read all would take as long as an epoch."""
 Labels = tuple[list[str], Int[np.ndarray, " n"]]
 """Names of the classes, and the class index of each image."""
+
+
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+"""Names of folders, in lower case, that are parts of a split rather than classes."""
 
 
 class PackedStrings(Sequence[bytes]):
@@ -74,18 +80,29 @@ def labels_from_texts(texts: PackedStrings, sort_key: Callable[[bytes], Any] | N
     """Turn the class name of each image into labels.
 
     Args:
-        texts: the class name of each image, bytes in the file system's encoding; empty: the image has none.
+        texts: the class name of each image, bytes in any encoding; empty: the image has none.
         sort_key: key function that orders the classes, as `sorted` takes it; None: by their bytes.
 
     Returns:
-        (sorted names of the classes, class index of each image); None if an image has no class name, or all have the same.
+        (sorted names of the classes, class index of each image); None if an image has no class name, or all have the same. Bytes that
+        are no UTF-8 are written as Python does, \\xe9.
     """
-    classes = sorted(set(texts), key=sort_key)
+    # Texts that differ only in how Unicode composes their characters (NFC, NFD), as macOS and others do, are one class.
+    composed = {text: _compose(text) for text in set(texts)}
+    classes = sorted(set(composed.values()), key=sort_key)
     if len(classes) < 2 or b"" in classes:
         return None
-    class_index = {text: index for index, text in enumerate(classes)}
+    class_index = {text: classes.index(name) for text, name in composed.items()}
     indices = np.fromiter(map(class_index.__getitem__, texts), np.int64, len(texts))
-    return [os.fsdecode(text) for text in classes], indices
+    return [text.decode(errors="backslashreplace") for text in classes], indices
+
+
+def _compose(text: bytes) -> bytes:
+    """Return UTF-8 text in Unicode's normal form C, and other bytes unchanged."""
+    try:
+        return unicodedata.normalize("NFC", text.decode()).encode()
+    except UnicodeDecodeError:
+        return text
 
 
 class ImageList(Sequence[Path]):
@@ -102,9 +119,11 @@ class ImageList(Sequence[Path]):
         ignored: number of files of the source that are not images by their extension.
         rows: (n,) index of each image in the whole source, of which `subset` takes a part.
         read_options: how the files are read.
+        label_note: why images have no labels, or what is odd about them; '' if nothing is known.
     """
 
     read_options = AS_STORED
+    label_note = ""
 
     def __init__(
         self, root: Path | str, ids: Iterable[bytes], sizes: ArrayLike, labels: Labels | None = None, ignored: int = 0
@@ -210,11 +229,22 @@ class ImageList(Sequence[Path]):
     def classes(self) -> Labels | None:
         """Return the source's labels; if it has none, those of the folders: the first folder in an image's id is the image's class.
 
-        None if an image is in no folder, or all are in the same.
+        None if an image is in no folder, all are in the same, or the folders are the parts of a split, such as train and test; then
+        `label_note` says so.
         """
         if self.labels is not None:
             return self.labels
-        return labels_from_texts(PackedStrings.from_strings(name[: max(0, name.find(b"/"))] for name in self.ids))
+        folders = PackedStrings.from_strings(name[: max(0, name.find(b"/"))] for name in self.ids)
+        names = set(folders)
+        parts = sorted(os.fsdecode(name) for name in names)
+        if len(names) > 1 and SPLITS.issuperset(name.lower() for name in parts):
+            train = next((name for name in parts if name.lower().startswith("train")), parts[-1])
+            fix = f"give {option('images')} {self.root}/{train} {option('test_images')} {self.root}/{parts[0]}"
+            self.label_note = f"the folders {', '.join(parts)} are parts of a split, not classes: {fix}"
+            return None
+        if len(set(map(_compose, names))) < len(names):
+            self.label_note = "folders whose names differ only in Unicode's form (NFC, NFD) are the same class"
+        return labels_from_texts(folders)
 
 
 class ImageFiles(ImageList):

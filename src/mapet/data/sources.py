@@ -84,7 +84,7 @@ def _list_source(source: str | Path) -> ImageList:
     if path.is_dir():
         files = _scan_folder(path)
         if not len(files) and any(path.glob("*.tar")):
-            return TarImageList(str(path / "*.tar"))
+            return TarImageList(text, sorted(map(os.path.abspath, path.glob("*.tar"))))
         if not len(files):
             endings = " ".join(sorted(EXTENSIONS))
             raise MapetError(f"no images in {path} ({files.ignored} other files); looked for names ending in {endings}")
@@ -124,7 +124,11 @@ def _scan_folder(root: Path) -> ImageFiles:
             if entry.name.startswith(b"."):
                 continue
             path, extension = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError:  # a link to itself
+                is_folder = False
+            if is_folder:
                 heapq.heappush(pending, (linked or entry.is_symlink(), path))
             elif extension.decode("latin-1") in EXTENSIONS and (size := _file_size(entry)) is not None:
                 files.append((path, size))

@@ -3,6 +3,7 @@
 Nothing is ever unpacked: a member's name is an id, never a path to write to.
 """
 
+import glob
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Int, UInt8
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -33,7 +35,7 @@ from mapet.errors import MapetError
 from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
-FORMAT = 2
+FORMAT = 3
 """Version of the cached indices: another version is not found in the cache, and the headers are read again."""
 NUM_INDEX_THREADS = 16
 """Distant shards whose headers are read at a time; near ones keep one thread busy, and more would scatter memory."""
@@ -79,17 +81,18 @@ class TarImageList(ImageList):
         offsets: (n,) byte in its shard at which each image begins, by row.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, paths: Sequence[str] = ()) -> None:
         """List the images of shards, shard by shard in the order of the members, by their headers or the cached indices.
 
         Args:
             source: path or URL of `.tar` files; `{000..012}` and `*` stand for several.
+            paths: of the files, if `source` is their folder.
 
         Raises:
             MapetError: a shard is missing, compressed, damaged or cut off (naming it); there are no images; or shards of one
                 name (in several folders) hold members of one name, so that `name@shard.tar` is no unique id.
         """
-        self.source, self.paths = source, _expand_pattern(source)
+        self.source, self.paths = source, list(paths) or _expand_pattern(source)
         with ThreadPoolExecutor(NUM_INDEX_THREADS if is_url(source) else 1) as pool:
             indices = pool.map(lambda path: _index_shard(source, path), self.paths)
             shards = list(tqdm(indices, total=len(self.paths), desc="index", unit="shard", disable=None, leave=False))
@@ -111,6 +114,9 @@ class TarImageList(ImageList):
         sizes = np.concatenate([shard.sizes for shard in shards])
         texts = PackedStrings.from_terminated(b"".join(shard.labels.tobytes() for shard in shards))
         # Numbers are sorted as numbers; a length of 0 puts other texts before them.
+        num_unlabeled = sum(not text for text in texts)
+        if 0 < num_unlabeled < len(texts):
+            self.label_note = f"{num_unlabeled} of {len(texts):,} images have no .cls member of their name"
         labels = labels_from_texts(texts, lambda text: (len(text), text) if text.isdigit() else (0, text))
         super().__init__(source, ids, sizes, labels, num_ignored)
 
@@ -156,17 +162,30 @@ def _expand_pattern(source: str) -> list[str]:
     """
     fs = _file_system(source, os.getpid())
     paths: list[str] = []
-    for pattern in _expand_braces(source):
-        path = url_to_fs(pattern)[1]
+    parent, name = os.path.split(source)
+    if os.path.exists(source):  # what is there under that very name is no pattern
+        return [_check_is_tar(os.path.abspath(source))]
+    is_local = not is_url(source) and os.path.isdir(parent or ".")  # the folder's name is none, either
+    for pattern in _expand_braces(name if is_local else source):
+        if is_local:
+            path = os.path.join(
+                glob.escape(os.path.abspath(parent)) if "*" in pattern else os.path.abspath(parent), pattern
+            )
+        else:
+            path = url_to_fs(pattern)[1]
         matches = sorted(map(str, fs.glob(path))) if "*" in path else [path]
         if not matches:
             raise MapetError(f"{pattern}: no file matches this pattern; check the folder and the names in it")
         paths += matches
-    for path in paths:
-        if not path.partition("?")[0].endswith(".tar"):  # a URL may have a query
-            fix = "compressed shards cannot be read image by image; decompress them first (`gunzip`, `zstd -d`)"
-            raise MapetError(f"{path}: expected a name ending in .tar; {fix}")
-    return paths
+    return [_check_is_tar(path, is_url(source)) for path in paths]
+
+
+def _check_is_tar(path: str, has_query: bool = False) -> str:
+    """Return the path or, perhaps with a query, URL if it ends in .tar; raise MapetError otherwise."""
+    if not (path.partition("?")[0] if has_query else path).endswith(".tar"):
+        fix = "compressed shards cannot be read image by image; decompress them first (`gunzip`, `zstd -d`)"
+        raise MapetError(f"{path}: expected a name ending in .tar; {fix}")
+    return path
 
 
 def _expand_braces(source: str) -> list[str]:
@@ -190,6 +209,8 @@ def _file_system(source: str, process_id: int) -> Any:
     Raises:
         MapetError: fsspec does not know the protocol, or needs a package for it that is not installed.
     """
+    if not is_url(source):  # not even one with '::' in its name
+        return LocalFileSystem()
     try:
         return url_to_fs(source)[0]
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
@@ -238,8 +259,9 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
     """Read the headers of an open tar file, and return where its images are.
 
     Images are regular members with an image's extension, of which no part of the path begins with a dot. A member NAME.cls, the
-    text of a class in at most `MAX_LABEL_BYTES`, labels the image whose path is the same up to the first dot of its file name, as
-    in WebDataset; of the contents only such members are read. Other members count as ignored, folders do not count at all.
+    text of a class in at most `MAX_LABEL_BYTES`, labels the image NAME.EXTENSION; an image without one has that of its WebDataset key,
+    its path up to the first dot of the file name. Of the contents only such members are read. Other members count as ignored, folders do
+    not count at all.
 
     Args:
         file: seekable, open for reading bytes, at its beginning; it stays open.
@@ -251,9 +273,9 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
     Raises:
         MapetError: the file is no uncompressed tar file, is damaged or cut off, or two images have the same name.
     """
-    # name -> byte at which the content begins, bytes of it, key of the label
-    images: dict[bytes, tuple[int, int, bytes]] = {}
-    labels: dict[bytes, bytes] = {}  # key of the label -> text
+    # name -> byte at which the content begins, bytes of it, names of its label's member, without extension, in order of preference
+    images: dict[bytes, tuple[int, int, tuple[bytes, bytes]]] = {}
+    labels: dict[bytes, bytes] = {}  # name of the member without extension -> text
     num_ignored = 0
     try:
         # mode "r:" refuses compressed files, of which no member could be read alone
@@ -261,17 +283,18 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
         for member in _iterate_members(tar):
             name = os.fsencode(member.name.removeprefix("./"))
             folder, _, base = name.rpartition(b"/")
-            key, extension = os.path.join(folder, base.split(b".")[0]), os.path.splitext(base)[1].lower()
+            stem, extension = os.path.splitext(name)
+            keys, extension = (stem, os.path.join(folder, base.split(b".")[0])), extension.lower()
             is_hidden = any(part.startswith(b".") and part != b".." for part in name.split(b"/"))
             is_plain = member.isreg() and not member.issparse() and not is_hidden
             if is_plain and extension.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
                     fault = "two members have the name" if name in images else "there is a zero byte in the name"
                     raise tarfile.ReadError(f"{fault} {member.name!r}")
-                images[name] = member.offset_data, member.size, key
+                images[name] = member.offset_data, member.size, keys
             elif is_plain and extension == b".cls" and member.size <= MAX_LABEL_BYTES:
                 file.seek(member.offset_data)
-                labels[key] = file.read(member.size).replace(b"\0", b"").strip()
+                labels[stem] = file.read(member.size).replace(b"\0", b"").strip()
             else:
                 num_ignored += not member.isdir()
         # tarfile takes anything that is no header for the end. A true end is at least one block of zeros, filled up to a record.
@@ -289,7 +312,9 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
     # offset and size of every image, as two contiguous arrays
     offsets, sizes = np.array([image[:2] for image in images.values()], np.int64).reshape(-1, 2).T.copy()
     names = np.frombuffer(join_terminated(images), np.uint8)
-    texts = np.frombuffer(join_terminated(labels.get(key, b"") for _, _, key in images.values()), np.uint8)
+    texts = np.frombuffer(
+        join_terminated(labels.get(own, labels.get(key, b"")) for _, _, (own, key) in images.values()), np.uint8
+    )
     return ShardIndex(names, offsets, sizes, texts, np.array([num_ignored]))
 
 

@@ -1,6 +1,7 @@
 """Sets of images with annotations: a class per image, a class per pixel, or boxes; and training and test sets of them."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from tqdm import tqdm
 
 from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.image_list import ImageFiles, ImageList
+from mapet.data.readers.image import ImageFile, Orientation
+from mapet.data.readers.open import read_orientation
 from mapet.data.sources import list_images
 from mapet.errors import MapetError, option, pluralize
 from mapet.files import read_json
 
+log = logging.getLogger("mapet")
 HELD_OUT = 0.2
 """Fraction of a set that is held out as its test set, or to choose hyperparameters by."""
 IGNORE_ID, IGNORE_INDEX = 255, -1
@@ -75,6 +79,8 @@ class LabeledSet(ImageSet):
         """
         if (labels := images.classes()) is not None:  # (class names, class index of each image)
             return cls(images, *labels)
+        if images.label_note:
+            raise MapetError(f"{images.root} has no labels: {images.label_note}")
         stray = [index for index in range(len(images)) if b"/" not in images.ids[index]]
         folders = {image_id.split(b"/")[0] for image_id in images.ids if b"/" in image_id}
         outside = f"{pluralize(len(stray), 'image')} outside of them" + (f" ({images.id(stray[0])!r})" if stray else "")
@@ -117,15 +123,17 @@ class SegmentationSet(ImageSet):
         masks: path of the PNG mask of each image.
         class_of: for each image, value in its mask -> class index; pixels of other values have no class.
         panoptic: masks hold segment ids, as COCO's panoptic ones do, not class ids.
+        as_stored: masks whose size does not tell were drawn on images as they are stored, before EXIF rotation.
     """
 
     PER_IMAGE = ("masks", "class_of")
     masks: list[Path]
     class_of: list[dict[int, int]]
     panoptic: bool = False
+    as_stored: bool = False
 
     def class_map(self, index: int) -> Int[np.ndarray, "H W"]:
-        """Read the mask of the image at `index`, and return the class index of each pixel; `IGNORE_INDEX` (-1) where it has none.
+        """Read the mask of the image at `index`, upright, and return the class index of each pixel; `IGNORE_INDEX` (-1) where it has none.
 
         `self.class_of[index]` maps values of that mask, class ids or panoptic segment ids, to class indices.
 
@@ -133,6 +141,9 @@ class SegmentationSet(ImageSet):
             MapetError: the mask cannot be read.
         """
         mask = read_mask(self.masks[index], self.panoptic)
+        orientation = read_orientation(self.images.file(index))
+        if orientation.is_as_stored(mask.shape, self.as_stored):
+            mask = orientation.turn.apply(mask)
         values, inverse = np.unique(mask, return_inverse=True)
         classes = np.array([self.class_of[index].get(value, IGNORE_INDEX) for value in values.tolist()])
         return classes[inverse].reshape(mask.shape)
@@ -160,6 +171,42 @@ class DetectionSet(ImageSet):
     record: dict[str, Any]
 
 
+@dataclass
+class DrawnOn:
+    """Finds out whether annotations of a set were drawn on the images as they are stored, or upright, as EXIF turns them.
+
+    A size that fits only one of the two tells; half turns, mirrorings and squares follow those of the set that tell.
+
+    Attributes:
+        num_stored, num_upright: annotations whose size fits images as stored, or upright, alone.
+        num_unknown: annotations of turned images whose size does not tell.
+    """
+
+    num_stored: int = 0
+    num_upright: int = 0
+    num_unknown: int = 0
+
+    def add(self, file: ImageFile, size: tuple[int, ...]) -> None:
+        """Count an annotation of the image in a file.
+
+        Args:
+            file: path or bytes of the image.
+            size: height and width of the mask, or that the annotation gives for the image, pixels.
+        """
+        image = read_orientation(file)
+        told = image.told_by_size(size)
+        self.num_stored += told is True
+        self.num_upright += told is False
+        self.num_unknown += told is None and image.turn != Orientation()
+
+    def as_stored(self, source: object) -> bool:
+        """Return whether annotations whose size does not tell were drawn on the images as stored; warn if nothing tells."""
+        if self.num_unknown and not (self.num_stored or self.num_upright):
+            text = "%s: the sizes of %d annotations of images that EXIF turns do not tell whether they are turned, too: they are left as they are"
+            log.warning(text, source, self.num_unknown)
+        return self.num_stored > self.num_upright
+
+
 AnyImageSet = TypeVar("AnyImageSet", bound=ImageSet)
 
 
@@ -179,14 +226,16 @@ def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndar
 def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
     """Choose the images of the test set where none is given: for each image whether it is held out.
 
-    Of each class, the fraction `HELD_OUT` (20 %) with the smallest hashes of the image ids is held out, at least one image. Images
+    Of each class, the fraction `HELD_OUT` (20 %) with the smallest hashes of the image ids is held out, at least one image but of a
+    class of one image, which is left to train on. Images
     without a class each, such as those with masks or boxes, count as one class. The choice is the same every time.
     """
     mask = np.zeros(len(data), dtype=bool)
     # Without labels all images are of class 0; `_by_class` then returns empty arrays for the other classes.
     labels = data.labels if isinstance(data, LabeledSet) else np.zeros(len(data), np.int64)
     for members in _by_class(labels, len(data.classes), data.images.keys()):
-        mask[members[: max(1, round(HELD_OUT * len(members)))]] = True
+        if len(members) > 1:
+            mask[members[: max(1, round(HELD_OUT * len(members)))]] = True
     return mask
 
 
@@ -197,9 +246,14 @@ def split_train_test(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
         MapetError: every class has one image at most, so that none is left to train on.
     """
     held_out = heldout_mask(data)
-    if held_out.all():
+    if not held_out.any():
         root, fix = data.images.root, f"add images or give {option('test_images')}"
         raise MapetError(f"{root}: no class has a second image, so no test set can be held out: {fix}")
+    if isinstance(data, LabeledSet) and (num_single := int((np.bincount(data.labels) == 1).sum())):
+        log.warning(
+            "%d of %d classes of %s have one image: it is trained on, and the class is not tested",
+            num_single, len(data.classes), data.images.root,
+        )  # fmt: skip
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 
@@ -367,18 +421,28 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
         listed = sorted(record["images"], key=lambda image: image["file_name"])
         # row_of: COCO image id -> index of the image. class_of: COCO category id -> class index.
         row_of = {image["id"]: row for row, image in enumerate(listed)}
+        images_listed = _list_named_images(images, [image["file_name"] for image in listed], annotations)
+        drawn = DrawnOn()
+        for row, image in enumerate(listed):
+            if "width" in image:
+                drawn.add(images_listed.file(row), (image["height"], image["width"]))
+        as_stored = drawn.as_stored(annotations)
         boxes: list[list[list[float]]] = [[] for _ in listed]
         labels: list[list[int]] = [[] for _ in listed]
         image_labels = np.zeros((len(listed), len(classes)), np.int64)
         for annotation in record["annotations"]:
             row, label = row_of[annotation["image_id"]], class_of[annotation["category_id"]]
             image_labels[row, label] = 1
+            turned = read_orientation(images_listed.file(row))
+            size = listed[row].get("height", 0), listed[row].get("width", 0)
+            if turned.is_as_stored(size, as_stored):
+                annotation["bbox"] = turned.turn_box(*annotation["bbox"])  # pycocotools reads it, too
             left, top, width, height = annotation["bbox"]
             if not annotation.get("iscrowd", 0) and width > 0 and height > 0:
                 boxes[row].append([left, top, left + width, top + height])
                 labels[row].append(label)
         return DetectionSet(
-            _list_named_images(images, [image["file_name"] for image in listed], annotations), classes, list(class_of),
+            images_listed, classes, list(class_of),
             list(row_of), [np.array(part, np.float64).reshape(-1, 4) for part in boxes],
             [np.array(part, np.int64) for part in labels], image_labels, record,
         )  # fmt: skip
@@ -482,14 +546,22 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
         if not rows:
             raise MapetError(f"no image in {images} has a mask in {masks}: for the first expected {paths[0]}")
         matched.append((listed.subset(rows), [paths[index] for index in rows]))
-    for path in tqdm([path for _, paths in matched for path in paths], desc="masks", disable=None, leave=False):
-        values |= set(np.unique(read_mask(path)).tolist())
+    every = [(listed, index, path) for listed, paths in matched for index, path in enumerate(paths)]
+    drawn = DrawnOn()
+    for listed, index, path in tqdm(every, desc="masks", disable=None, leave=False):
+        mask = read_mask(path)
+        drawn.add(listed.file(index), mask.shape)
+        values |= set(np.unique(mask).tolist())
+    as_stored = drawn.as_stored(pairs[0][1])
     ids = sorted(values - ignored)
     if len(ids) < 2:
         found = f"{pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}"
         raise MapetError(f"the masks in {pairs[0][1]} hold {found}: give masks of two or more class ids")
     class_of = {value: index for index, value in enumerate(ids)}
-    return [SegmentationSet(listed, list(map(str, ids)), paths, [class_of] * len(paths)) for listed, paths in matched]
+    return [
+        SegmentationSet(listed, list(map(str, ids)), paths, [class_of] * len(paths), as_stored=as_stored)
+        for listed, paths in matched
+    ]
 
 
 def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:

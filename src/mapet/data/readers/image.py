@@ -103,9 +103,9 @@ class Orientation(NamedTuple):
     flip_rows: bool = False
     flip_columns: bool = False
 
-    def apply(self, stored: UInt8[np.ndarray, "h w C"]) -> UInt8[np.ndarray, "H W C"]:
+    def apply(self, stored: Num[np.ndarray, "h w ..."]) -> Num[np.ndarray, "H W ..."]:
         """Return an upright view of stored pixels, without a copy; height and width are exchanged if `transpose` is set."""
-        upright = stored.transpose(1, 0, 2) if self.transpose else stored
+        upright = stored.swapaxes(0, 1) if self.transpose else stored
         return upright[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
@@ -114,6 +114,37 @@ ORIENTATIONS = {  # by EXIF's number
     5: Orientation(True, False, False), 6: Orientation(True, False, True), 7: Orientation(True, True, True),
     8: Orientation(True, True, False),
 }  # fmt: skip
+
+
+class StoredImage(NamedTuple):
+    """How an image file is stored.
+
+    Attributes:
+        turn: what makes it upright.
+        size: height and width before that, pixels.
+    """
+
+    turn: Orientation
+    size: tuple[int, int]
+
+    def told_by_size(self, annotated: tuple[int, ...]) -> bool | None:
+        """Return whether an annotation of this (height, width) was drawn on the stored image, False if on the upright one, None if unknown."""
+        if not self.turn.transpose or self.size[0] == self.size[1]:
+            return None
+        return True if annotated == self.size else False if annotated == self.size[::-1] else None
+
+    def is_as_stored(self, annotated: tuple[int, ...], otherwise: bool) -> bool:
+        """Return `told_by_size`, or `otherwise` where that is unknown; False for an image that is upright as stored."""
+        told = self.told_by_size(annotated)
+        return self.turn != Orientation() and (otherwise if told is None else told)
+
+    def turn_box(self, left: float, top: float, width: float, height: float) -> list[float]:
+        """Return [left, top, width, height] in the upright image of a box in the stored one, pixels."""
+        rows, columns = self.size
+        if self.turn.transpose:
+            left, top, width, height, rows, columns = top, left, height, width, columns, rows
+        left = columns - left - width if self.turn.flip_columns else left
+        return [left, rows - top - height if self.turn.flip_rows else top, width, height]
 
 
 def check_pixel_count(height: int, width: int) -> None:

@@ -1,14 +1,23 @@
 """Recognize the format of an image file, and open it with the reader of its family."""
 
 import io
+import warnings
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.readers.arrays import open_archive, open_array
-from mapet.data.readers.image import ImageDecodeError, ImageFile, LazyImage, translate_errors
+from mapet.data.readers.image import (
+    ORIENTATIONS,
+    ImageDecodeError,
+    ImageFile,
+    LazyImage,
+    Orientation,
+    StoredImage,
+    translate_errors,
+)  # fmt: skip
 from mapet.data.readers.jpeg import open_jpeg
-from mapet.data.readers.pillow import convert_pillow_image, open_with_pillow
+from mapet.data.readers.pillow import FORMATS, convert_pillow_image, open_with_pillow
 from mapet.data.readers.tiff import count_tiff_pages, open_tiff
 
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -73,3 +82,17 @@ def count_pages(file: ImageFile) -> int:
     """
     with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
         return count_tiff_pages(file) if stream.read(HEAD_BYTES).startswith(TIFF_HEADS) else 1
+
+
+def read_orientation(file: ImageFile) -> StoredImage:
+    """Return how an image file is stored, by its EXIF; formats that Pillow does not know, and damaged files, count as upright."""
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image,
+        ):
+            return StoredImage(
+                ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1), Orientation()), image.size[::-1]
+            )
+    except Exception:  # of any kind, from a damaged file, which is reported when it is read
+        return StoredImage(Orientation(), (0, 0))
