@@ -18,7 +18,16 @@ from pydantic.fields import FieldInfo
 import mapet
 from mapet.commands import COMMANDS, GROUPS
 from mapet.commands.command import AnyCommand, command_name, silence_stdout, summary
-from mapet.config.base import build_config, format_none, is_multi_valued, iter_options, parse_yaml, read_config
+from mapet.config.base import (
+    Config,
+    build_config,
+    format_none,
+    is_multi_valued,
+    iter_options,
+    iter_sections,
+    parse_yaml,
+    read_config,
+)
 from mapet.config.shared import trust_teachers
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
 from mapet.run_state import CONFIG_FILE, find_config, is_first_rank, read_command
@@ -232,8 +241,15 @@ def _explain_unknown(name: str, argument: str) -> str:
     if not argument.startswith("--"):
         return f"unexpected argument '{argument}'; options are written --name value, see `mapet {name} --help`"
     flag, config_type = argument.split("=")[0].replace("_", "-"), COMMANDS[name].config_type
-    if (field := flag[2:].replace("-", "_")) in config_type.file_only:
-        return f"{flag} is for config files only: `mapet {name} config.yaml`, with a line `{field}: VALUE` in it"
+    *sections, field = flag[2:].replace("-", "_").split(".")
+    section_type: type[Config] | None = config_type
+    for section in sections:
+        section_type = (
+            {key: each for key, each, _ in iter_sections(section_type)}.get(section) if section_type else None
+        )
+    if section_type and field in section_type.file_only:
+        line = "".join(f"{section}: {{" for section in sections) + f"{field}: VALUE" + "}" * len(sections)
+        return f"{flag} is for config files only: `mapet {name} config.yaml`, with a line `{line}` in it"
     known = [option(known) for known, _ in iter_options(config_type)]
     return f"unknown option '{flag}'{did_you_mean(flag, known) or '.'} See `mapet {name} --help`"
 

@@ -44,6 +44,10 @@ def fails(capsys, *argv, code: int = 2) -> str:
 def test_unknown_stage_option_model_teacher_and_objective(capsys, crops, tmp_path, tokenizer_dir, few_digits):
     assert "did you mean 'pretrain'" in fails(capsys, "pretrian")
     assert "did you mean '--vocab-size'?" in fails(capsys, "fit-tokenizer", "--images", crops, "--vocab-sise", "8")
+    assert "a line `kmeans_init: VALUE`" in fails(capsys, "fit-tokenizer", "--kmeans-init", "random")
+    assert "a line `hog: {window: VALUE}`" in fails(capsys, "fit-tokenizer", "--hog.window", "9")
+    assert "a line `fit_tokenizer: {hog: {window: VALUE}}`" in fails(capsys, "run", "--fit-tokenizer.hog.window=9")
+    assert "unknown option '--hog.size'" in fails(capsys, "fit-tokenizer", "--hog.size", "9")
     assert "--images is required: Folder" in fails(capsys, "fit-tokenizer", "--out", tmp_path / "x")
     assert "did you mean 'resnet50x64_clip" in fails(
         capsys, "fit-tokenizer", "--images", crops, "--out", tmp_path / "x", "--teacher", "resnet50x64_clp"

@@ -91,6 +91,9 @@ def test_whitening_is_kept_with_the_tokenizer(few_digits, tmp_path):
     file.write_bytes(content)
     with refused("hog + whitened", "sha256"):
         load_tokenizer(tmp_path / "t")
+    file.write_bytes(content[:-9])
+    with refused(str(file)):
+        load_tokenizer(tmp_path / "t")
 
 
 def test_a_run_as_teacher(run_dir, few_digits, tmp_path):

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mapet.config.tokenizers import WhitenedOptions
 from mapet.files import write_tensors
+from mapet.weights import read_weights
 
 CONTRAST_OFFSET, ZCA_EPS = 10.0, 0.1
 """Coates and Ng 2011: added to the variance of a patch of pixels from 0 to 255 before pixels are divided by the standard deviation, and to
@@ -41,11 +41,14 @@ class Whitened(nn.Module):
             channels: of the images.
             whitened: its option `window`.
             saved: folder that `save` wrote to; None: `fit` follows.
+
+        Raises:
+            MapetError: the file in `saved` cannot be read.
         """
         super().__init__()
         self.patch_size, self.window = patch_size, whitened.window or 2 * patch_size
         size = channels * min(self.window, MAX_SIDE) ** 2
-        tensors = load_file(saved / FILE) if saved else {"mean": torch.zeros(size), "whitening": torch.eye(size)}
+        tensors = read_weights(saved / FILE) if saved else {"mean": torch.zeros(size), "whitening": torch.eye(size)}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
 
