@@ -36,7 +36,7 @@ PATCH, MASK_RATIO, JITTER, CLIP, WEIGHT_DECAY, MIN_LR = 4, 0.75, 0.4, 3.0, 0.05,
 FIT_IMAGES = 8000
 """Whose patches k-means clusters."""
 K, TEMPERATURE = 20, 0.07
-C_GRID = tuple(10.0**exponent for exponent in range(-6, 7))
+C_GRID = tuple(10.0**exponent for exponent in range(-6, 9))
 HELD_OUT = 10
 """One in so many training images chooses C."""
 

@@ -86,7 +86,7 @@ def test_c_at_an_edge_of_the_candidates_is_warned_of_and_shown(caplog):
     with caplog.at_level(logging.WARNING, "mapet"):
         probe = fit_logistic(x, y, 2)
     assert probe.selected == "C 1e-06 (edge of the grid)"
-    assert "smallest of its candidates, 1e-06 to 1e+06" in caplog.text
+    assert "smallest of its candidates, 1e-06 to 1e+08" in caplog.text
 
 
 def test_a_class_of_fewer_images_than_folds_is_no_hindrance(pixels):

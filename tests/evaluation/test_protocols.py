@@ -150,7 +150,7 @@ def test_sgd_holds_out_a_fifth_of_each_class_and_takes_the_smallest_rate_of_equa
     easy = torch.nn.functional.one_hot(labels, 4) + 0.1 * torch.randn(80, 4, generator=generator)
     (plain, _), _ = fit_linear_sgd(cache_of(1e3 * easy, labels, {"0": slice(0, 4)}), 3, CPU, epochs=15).values()
     assert plain.selected == "layer 0, lr 0.001 (edge of the grid)"
-    assert "0.001 of the probe linear_sgd is at the edge" in caplog.text
+    assert "probe linear_sgd, 0.001 is the smallest of its candidates" in caplog.text
 
 
 def test_features_in_a_scratch_file_give_the_same_probe(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 log = logging.getLogger("mapet")
-C_CANDIDATES = tuple(10.0**exponent for exponent in range(-6, 7))
+C_CANDIDATES = tuple(10.0**exponent for exponent in range(-6, 9))
 """Values of C, the inverse strength of the L2 penalty, that are compared, in rising order."""
 NUM_FOLDS, FEW_PER_CLASS, FEW_C = 5, 20, 0.1
 """C is chosen by cross-validation with `NUM_FOLDS` folds. With fewer than `FEW_PER_CLASS` training images per class on average it is `FEW_C`
