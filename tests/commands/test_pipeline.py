@@ -418,7 +418,8 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
             assert ours.num_context == theirs.num_context is not None
 
 
-def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
+def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "mapet")
     monkeypatch.setattr("mapet.evaluation.logistic_regression.C_CANDIDATES", (0.01, 1.0))  # quicker
     argv = ["run", "--images", few_digits, "--test-images", digits / "test", "--out", tmp_path / "run"]
     argv += [
@@ -458,6 +459,12 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch):
     verdict = evaluation["verdicts"][0]
     assert (verdict["backbone"], verdict["metric"], verdict["control"]) == ("pretrained", "logistic", best)
     assert verdict["control_value"] == everything[best]["logistic"] and not verdict["is_ahead"]
+    recorded = RunState.read(tmp_path / "run").results["verdict"]
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert recorded["sentence"] in text and recorded["sentence"] in caplog.text
+    assert f"linear probe {evaluation['pretrained']['logistic']:.3f} on 360 test images" in recorded["sentence"]
+    assert {row[0] for row in recorded["table"][2:]} == everything.keys()
+    assert "(held-out part of the training images)" not in text  # one number of each probe
     sets, compute = (
         sample_for_probe(LabeledSet.from_images(list_images(few_digits))),
         ComputeContext.from_options("cpu"),

@@ -28,6 +28,7 @@ from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, opt
 from mapet.evaluation.controls import (
     Verdict,
     compare_with_controls,
+    compare_with_each,
     mark_controls,
     options_for,
     plan_controls,
@@ -130,12 +131,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
             raise
         command = f"the same command with the {option('protocols')} that are left and a new {option('out')}"
         raise Interrupted(f"interrupted; the results of the finished protocols are in {config.out}", command) from None
-    verdicts = compare_with_controls(results, config)
+    verdicts, comparisons = compare_with_controls(results, config), compare_with_each(results, config)
     if len(results) > 1:
         for line in [*format_table(mark_controls(results, config), format_metric).splitlines(), *map(str, verdicts)]:
             log.info("%s", line)
     if config.out is not None:
         _write_results(config, results, info, verdicts)
+        record(config.out, results={"comparisons": [each.to_json() for each in comparisons]})
         log.info("table, metrics and figures in %s", config.out)
     return {
         source: {row: metric.value for result in by_protocol.values() for row, metric in result.metrics.items()}

@@ -21,9 +21,11 @@ from mapet.data.sources import list_images
 from mapet.errors import Interrupted, MapetError, option, shell_command, spell_in_section
 from mapet.evaluation.datasets import LabeledSet, few_shot_split, load_train_test
 from mapet.files import create_output_dir, is_empty_dir, read_json
+from mapet.reports.metrics import History
 from mapet.reports.page import REPORT_FILE, write_run_report
 from mapet.reports.render import render_macro
 from mapet.reports.study import write_report
+from mapet.reports.verdict import format_rows, judge_with_labels, judge_without_labels
 from mapet.run_state import CONFIG_FILE, RunState, can_start_in, elapsed_seconds, record, try_read_state
 from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
@@ -94,6 +96,8 @@ def run(config: RunConfig) -> Path:
             raise Interrupted(getattr(error, "what", "interrupted"), resume) from None
         if stage.command is commands.evaluate and result:  # None on other ranks
             record(config.out, results={"evaluation": _summarize_evaluation(config, result)})
+    if distributed.rank() == 0:
+        _record_verdict(config.out)
     write_run_report(config.out)
     backbone = config.out / "pretrain" / "backbone"
     log.info("report in one page: %s", config.out / REPORT_FILE)
@@ -140,27 +144,50 @@ def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
     )
 
 
+def _record_verdict(out: Path) -> None:
+    """Log the verdict of a run, and record it in run.json, from the evaluation there, or without one from the metrics of pre-training."""
+    evaluation = RunState.read(out).results.get("evaluation")
+    if evaluation:
+        num_images = RunState.read(out / "pretrain").counts["images"]
+        verdict = judge_with_labels(evaluation["comparisons"], evaluation["data"]["test_images"], num_images)
+    else:
+        verdict = judge_without_labels(History.read(out / "pretrain" / "metrics.jsonl"))
+    for line in ["", *format_rows(verdict.table), verdict.sentence, verdict.advice.replace("RUN", str(out)), ""]:
+        log.info("%s", line)
+    record(out, results={"verdict": verdict._asdict()})
+
+
 def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return what run.json of a `run` and its report have of the evaluation, by names without the paths of this machine.
 
     Args:
         config: of the command `run`.
-        scores: what `evaluate` returned: of the untrained network, the backbone and the controls, in this order.
+        scores: what `evaluate` returned: of the untrained network, the backbone, the backbone of `init_from` if there is one, and the
+            controls, in this order.
 
     Returns:
-        "untrained" and "pretrained", metric -> value; "controls", name -> metric -> value; "verdicts", the fields of each `Verdict`;
-        "data"; and "features", their pooling and layers.
+        "untrained" and "pretrained", metric -> value; "controls", name -> metric -> value; "verdicts" (against the best control) and
+        "comparisons" (of the backbone against each other one), the fields of each `Verdict`; "data"; and "features", their pooling and
+        layers.
     """
     _, test = load_train_test(config.images, config.test_images)
+    test = test.sample(config.evaluation_images or len(test))
     untrained, pretrained, *controls = scores
     names = {untrained: "untrained", pretrained: "pretrained"}
     names |= {name: name.removesuffix(f" of {pretrained}") for name in controls}
-    verdicts = RunState.read(config.out / "evaluation").results["verdicts"]
+    results = RunState.read(config.out / "evaluation").results
+
+    def rename(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return verdicts on the backbone, with the names of this summary."""
+        own = [each for each in verdicts if each["backbone"] == pretrained]
+        return [{**each, **{key: names[each[key]] for key in ("backbone", "control")}} for each in own]
+
     return {
         "untrained": scores[untrained],
         "pretrained": scores[pretrained],
         "controls": {names[name]: scores[name] for name in controls},
-        "verdicts": [{**each, **{key: names[each[key]] for key in ("backbone", "control")}} for each in verdicts],
+        "verdicts": rename(results["verdicts"]),
+        "comparisons": rename(results["comparisons"]),
         "data": {"majority_accuracy": test.majority_accuracy, "test_images": len(test.labels)},
         "features": config.pretrain.features_description,
     }
@@ -192,6 +219,8 @@ def _list_stages(config: RunConfig) -> list[Stage]:
         reason = f"no labels (two class folders or more), and there are no {option('test_images')}"
         log.info("--- not evaluated: %s has %s", config.images, reason)
 
+    others = [config.pretrain.init_from] if config.pretrain.init_from else []
+
     def stage(command: AnyCommand, started: bool, done: bool, **options: Any) -> Stage:
         """Return a stage whose config has the options of its section of `run`, the shared options, and `options`; later ones win.
 
@@ -208,7 +237,7 @@ def _list_stages(config: RunConfig) -> list[Stage]:
         stage(commands.tokenize, is_tokenized, False, out=tokens, tokenizer=tokenizer, resume=True),
         stage(commands.pretrain, is_training, is_trained, out=pretrained, tokenizer=tokenizer, tokens=tokens, resume=is_training, **steps),
         stage(
-            commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone)],
+            commands.evaluate, is_evaluated, is_evaluated or not has_labels, backbone=[f"random:{backbone}", str(backbone), *others],
             test_images=config.test_images, protocols=["logistic", "knn"], pool=config.pretrain.pool, layers=config.pretrain.layers,
             out=config.out / "evaluation", max_images=config.evaluation_images,
             max_control_minutes=MAX_EVALUATION_FRACTION * config.time,

@@ -407,8 +407,8 @@ def mark_controls(results: Results, config: EvaluateConfig) -> Results:
     return {f"{name} (control)" if is_control(name, config) else name: own for name, own in results.items()}
 
 
-def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verdict]:
-    """Compare each backbone with the best control by `VERDICT_ROWS`: by accuracy, on imbalanced test images by balanced accuracy.
+def compare_with_each(results: Results, config: EvaluateConfig) -> list[Verdict]:
+    """Compare each backbone with each control and each other backbone by `VERDICT_ROWS`, on imbalanced test images by balanced accuracy.
 
     Args:
         results: of all backbones and controls. `ProtocolResult.correct` has for each accuracy (whether each test image is classified
@@ -416,24 +416,34 @@ def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verd
         config: options of `evaluate`; its `backbone` tells which names are controls.
 
     Returns:
-        A verdict for each backbone and accuracy of those that both have; [] without controls.
+        A verdict, whose `control` is the other one, for each pair and accuracy that both have; backbones of random weights are only others.
     """
     all_correct = {
         name: {k: v for each in own.values() for k, v in each.correct.items()} for name, own in results.items()
     }
     verdicts = []
     for backbone, row in [(name, row) for name, own in all_correct.items() for row in own if row in VERDICT_ROWS]:
+        if is_control(backbone, config):
+            continue
         correct = {name: own[row][0].double().numpy() for name, own in all_correct.items() if row in own}
         labels = all_correct[backbone][row][1].numpy()
-        candidates = [name for name in correct if is_control(name, config)]
-        if not candidates or backbone in candidates:
-            continue
         balanced = is_imbalanced(labels)
         score = partial(balanced_accuracy, labels=labels, weights=np.ones(len(labels))) if balanced else np.mean
         values = {name: float(score(hits)) for name, hits in correct.items()}
-        best = max(candidates, key=values.__getitem__)
         metric = f"{row}_balanced_accuracy" if balanced else row
-        interval = paired_interval(correct[backbone] - correct[best], labels if balanced else None)
-        difference = values[backbone] - values[best]
-        verdicts.append(Verdict(backbone, metric, best, values[backbone], values[best], difference, *interval))
-    return verdicts
+        for other in correct.keys() - {backbone}:
+            interval = paired_interval(correct[backbone] - correct[other], labels if balanced else None)
+            difference = values[backbone] - values[other]
+            verdicts.append(Verdict(backbone, metric, other, values[backbone], values[other], difference, *interval))
+    order = [*results]
+    return sorted(verdicts, key=lambda verdict: (order.index(verdict.backbone), order.index(verdict.control)))
+
+
+def compare_with_controls(results: Results, config: EvaluateConfig) -> list[Verdict]:
+    """Return of `compare_with_each` the verdict against the best control, for each backbone and accuracy; [] without controls."""
+    best: dict[tuple[str, str], Verdict] = {}
+    for verdict in compare_with_each(results, config):
+        key = verdict.backbone, verdict.metric
+        if is_control(verdict.control, config) and (key not in best or verdict.control_value > best[key].control_value):
+            best[key] = verdict
+    return list(best.values())

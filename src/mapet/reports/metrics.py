@@ -165,15 +165,19 @@ METRIC_LABELS: dict[str, tuple[str, Callable[[History, str], float], Callable[[f
 """Key of metrics.jsonl -> (label in reports, function that reduces its records to one value, function that formats that value)."""
 
 
-def summarize_metrics(history: History) -> dict[str, str]:
+def summarize_metrics(history: History, with_probes: bool = True) -> dict[str, str]:
     """Return label -> formatted final value (the value so far while the run trains) of each recorded metric of `METRIC_LABELS`.
+
+    Args:
+        history: of the run.
+        with_probes: include probes during training; False where the run has an evaluation, so that it has one number of each probe.
 
     `METRIC_LABELS` has, by key of metrics.jsonl: the label, the reduction of all records to one value, and the format of the value.
     """
     return {
         label: format_value(reduce(history, name))
         for name, (label, reduce, format_value) in METRIC_LABELS.items()
-        if name in history.series
+        if name in history.series and (with_probes or not name.startswith("probe/"))
     }
 
 

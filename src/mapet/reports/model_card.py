@@ -72,9 +72,11 @@ def _pretraining_provenance(folder: Path, state: RunState) -> Provenance:
         folder: of `mapet pretrain`; if it is in a folder of `mapet run`, the metrics include the evaluation by that run.
         state: content of the folder's run.json.
     """
-    metrics: dict[str, Any] = {"pre-training": summarize_metrics(History.read(folder / "metrics.jsonl"))}
     run = parent_run(folder)
-    if run and (evaluation := RunState.read(run).results.get("evaluation")):
+    evaluation = RunState.read(run).results.get("evaluation") if run else None
+    history = History.read(folder / "metrics.jsonl")
+    metrics: dict[str, Any] = {"pre-training": summarize_metrics(history, with_probes=not evaluation)}
+    if evaluation:
         metrics["evaluation"] = evaluation
     images = {}
     if state.hashes:  # else the run ended before it had listed its images

@@ -37,6 +37,7 @@ class RunFiles:
         state: content of the run.json of `pretrain`; an empty `RunState` (interrupted, pid 0) if it is missing or damaged.
         probe: evaluation by the parent `run`: "untrained" and "pretrained" (each probe -> accuracy), "controls" (name -> the same),
             "verdicts" (fields of `Verdict`), "data"; {} without one.
+        verdict: fields of the `RunVerdict` of the parent `run`; {} without one.
         tokenizer: the tokenizer's description: "teacher", "vocab_size", "hash", "codebook_stats", ...; {} if run.json has none.
         history: metrics recorded so far.
     """
@@ -58,6 +59,7 @@ class RunFiles:
         unknown = RunState(command="", status="interrupted", pid=0)
         self.state = try_read_state(self.folder) or unknown
         parent_state = self.parent and try_read_state(self.parent)
+        self.verdict: Mapping[str, Any] = (parent_state or unknown).results.get("verdict", {})
         self.probe: Mapping[str, Any] = (parent_state or unknown).results.get("evaluation", {})
         self.tokenizer: Mapping[str, Any] = self.state.results.get("tokenizer", {})
         metrics_path = self.folder / "metrics.jsonl"
@@ -180,7 +182,7 @@ class RunFiles:
             for name, value in values.items()
             if isinstance(value, (int, float))
         }
-        return summarize_metrics(self.history) | scores
+        return summarize_metrics(self.history, with_probes=not self.probe) | scores
 
     @property
     def summary(self) -> RunSummary:
