@@ -42,6 +42,8 @@ def plan_run(config: RunConfig, spent: float, stats: DatasetStats | None = None)
     else:
         images, infos = stats.images, stats.infos
     labeled = find_labels(config)
+    if labeled:
+        log.info("evaluated on %s", config.test_images or "a fifth of them, which pre-training sees without labels")
     facts = folder_facts(images, infos, labeled)
     candidates = list_candidates(facts, given)
     with spell_in_section("pretrain", RunConfig.model_fields):

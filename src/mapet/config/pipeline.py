@@ -57,10 +57,35 @@ def default_out(images: str) -> Path:
     return next(path for path in itertools.chain([first], numbered) if not (path.is_dir() and any(path.iterdir())))
 
 
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Name of a folder, in lower case -> the split that it holds."""
+
+
+def find_splits(images: str) -> dict[str, Path]:
+    """Return split -> folder if a source is a folder whose subfolders are splits: train/ and val/ or test/, and nothing else; else {}."""
+    folders = [path for path in Path(images).glob("*") if path.is_dir() and not path.name.startswith(".")]
+    splits = {SPLIT_NAMES.get(path.name.lower(), ""): path for path in folders}
+    return splits if "train" in splits and len(splits) > 1 and "" not in splits else {}
+
+
+def _class_folders(folder: Path) -> set[str]:
+    """Return the names of a folder's subfolders."""
+    return {path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")}
+
+
 class RunConfig(shared.ImageOptions, shared.JobOptions):
     """Options of `run` and `check`: where from and where to, how long, and a section of options for each stage.
 
-    What is not given is chosen for the images, this machine and `time`.
+    What is not given is chosen for the images, this machine and `time`. Of a folder with train/ and val/ or test/, `images` becomes train/
+    and, unless it is given and if both have the same class folders, `test_images` becomes test/, or val/ without that.
     """
 
     file_only: ClassVar[frozenset[str]] = frozenset({"evaluation_images"})
@@ -103,6 +128,14 @@ class RunConfig(shared.ImageOptions, shared.JobOptions):
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ValueError(f"{option('out')} is required where several processes run: they must agree on it")
             expanded["out"] = default_out(os.fspath(images))
+        if isinstance(images := expanded.get("images"), (str, os.PathLike)) and (
+            splits := find_splits(os.fspath(images))
+        ):
+            test = splits.get("test", splits.get("val", splits["train"]))
+            classes = _class_folders(splits["train"])
+            if expanded.get("test_images") is None and len(classes) > 1 and classes == _class_folders(test):
+                expanded["test_images"] = str(test)
+            expanded["images"] = str(splits["train"])
         return expanded
 
     @classmethod
