@@ -137,18 +137,18 @@ NAMES = ("mapet", "pim", "mim")
 GROUPS: dict[str, list[Run]] = {
     "untrained": [run for name in SETS for run in seeds(Run(name, "hog", "", 0, 0), 5)],
     "tokens": in_turn(*(
-        seeds(Run(name, tokens, "mim", epochs, 0), 5) for name, epochs in EPOCHS.items() for tokens in ("pixels", "hog")
+        seeds(Run(name, tokens, "pim", epochs, 0), 5)
+        for name, epochs in EPOCHS.items()
+        for tokens in ("pixels", "hog+whitened")
     )),
     "more tokens": in_turn(*(
-        seeds(Run(name, tokens, "mim", epochs, 0), 3)
-        for name, epochs in EPOCHS.items()
-        for tokens in ("whitened", "hog+whitened")
+        seeds(Run(name, tokens, "pim", epochs, 0), 3) for name, epochs in EPOCHS.items() for tokens in ("hog", "whitened")
     )),
-    "5 epochs": in_turn(*(seeds(Run("CIFAR-10", "hog", name, 5, 0), 5) for name in NAMES)),
-    "20 epochs": in_turn(*(seeds(Run("CIFAR-10", "hog", name, 20, 0), 3) for name in NAMES)),
-    "equal compute": in_turn(*(seeds(Run("CIFAR-10", "hog", name, 20 * 2 / COST[name], 0), 3) for name in ("pim", "mim"))),
-    "60 epochs": [Run("CIFAR-10", "hog", name, 60, 0) for name in NAMES],
-    "NEU": in_turn(*(seeds(Run("NEU", "hog", name, epochs, 0), 3) for epochs in (40, 160) for name in NAMES)),
+    "5 epochs": in_turn(*(seeds(Run("CIFAR-10", "hog+whitened", name, 5, 0), 5) for name in NAMES)),
+    "20 epochs": in_turn(*(seeds(Run("CIFAR-10", "hog+whitened", name, 20, 0), 3) for name in NAMES)),
+    "equal compute": in_turn(*(seeds(Run("CIFAR-10", "hog+whitened", name, 20 * 2 / COST[name], 0), 3) for name in ("pim", "mim"))),
+    "60 epochs": [Run("CIFAR-10", "hog+whitened", name, 60, 0) for name in NAMES],
+    "NEU": in_turn(*(seeds(Run("NEU", "hog+whitened", name, epochs, 0), 3) for epochs in (40, 160) for name in NAMES)),
 }  # fmt: skip
 """Group -> its runs, in the order in which they are made. A run of two groups is made once."""
 

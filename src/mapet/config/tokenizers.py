@@ -44,7 +44,7 @@ class HOGOptions(Config):
     """Rows and columns of cells in a window, which have a histogram each."""
     bins: PositiveInt = 9
     """Orientations of a histogram."""
-    color: NonNegativeFloat = 0.5
+    color: NonNegativeFloat = 0.25
     """Weight of the patch's mean color, from 0 to 1 in each channel, beside the histograms of a window, whose squares sum to 1; 0: without
     color."""
 
