@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Interrupted", "MapetError", "__version__", "check", "debug_step", "demo", "embed", "evaluate", "export", "finetune", "fit_tokenizer",  # noqa: F405
-    "inspect_tokenizer", "load", "pooled_features", "predict", "prepare", "pretrain", "report", "run", "study", "tokenize", "train_tokenizer",  # noqa: F405
+    "inspect_tokenizer", "load", "pooled_features", "predict", "prepare", "pretrain", "report", "run", "search", "study",  # noqa: F405
+    "tokenize", "train_tokenizer",  # noqa: F405
 ]  # fmt: skip
 
 MODEL_FUNCTIONS = {"load": "backbone", "pooled_features": "pooling"}

@@ -51,6 +51,7 @@ HEADINGS = {
     "Optimization": "time opt epochs warmup_epochs batch_size lr min_lr weight_decay clip_grad seed",
     "Regularization": "rand_augment mixup cutmix random_erasing label_smoothing layer_decay ema_decay",
     "Protocols": "protocols controls few_shot eval_image_sizes",
+    "Search": "query features num_neighbors min_similarity",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb",
     "Output": "out license resume take_over figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images "
@@ -60,7 +61,7 @@ HEADINGS = {
 HEADING_BY_OPTION = {name: heading for heading, names in HEADINGS.items() for name in names.split()}
 OPTION_ORDER = list(HEADING_BY_OPTION)
 BASIC_OPTIONS = """images test_images backbone run tokenizer tokens teacher model image_size patch_size objective target mask_ratio quantizer
-vocab_size views protocols labels_per_class tokenizers grid time epochs batch_size lr device out resume"""
+vocab_size views protocols labels_per_class tokenizers grid time epochs batch_size lr device out resume query"""
 """Options that the short `--help` shows, beside required ones, if a command has more than `MAX_BASIC_OPTIONS` of its own."""
 MAX_BASIC_OPTIONS = 15
 

@@ -1,14 +1,16 @@
 """Reading and writing files: atomically, synced to disk, with checksums, never over other files."""
 
+import csv
 import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,6 +29,7 @@ KMEANS_STATE = ".kmeans.safetensors"
 """State of an unfinished `fit-tokenizer`, in the folder that its tokenizer will replace."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that `atomic_write` gives to unfinished files."""
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MAX_SUGGESTIONS = 3
 
 
@@ -272,9 +275,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def escape_formula(text: str) -> str:
-    """Return a text as a CSV cell that no spreadsheet runs as a formula: with ' before =, +, -, @, a tab or a carriage return (OWASP)."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+def escape_formula(cell: Any) -> Any:
+    """Return the cell of a CSV file; a text that a spreadsheet would take for a formula, because of its first character, with ' before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, in UTF-8; rows may come from a generator. Texts that would run as formulas are escaped."""
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for row in chain([columns], rows):
+            writer.writerow(map(escape_formula, row))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,7 +13,7 @@ from mapet.errors import MapetError
 from tests.refused import refused
 
 HIDDEN = ("debug-step",)
-MAX_OPTIONS = 295
+MAX_OPTIONS = 312
 
 
 class AddConfig(Config):

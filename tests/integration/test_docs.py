@@ -89,8 +89,8 @@ def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog)
             ran.append(name)
             cli.run_command(name, [*words, *([] if own_recipe else SMALL.get(name, "").split())])
     assert ran == [
-        "fit-tokenizer", "tokenize", "pretrain", "pretrain", "evaluate", "evaluate", "finetune", "predict", "inspect-tokenizer", "report", "report",
-        "export",
+        "fit-tokenizer", "tokenize", "pretrain", "pretrain", "evaluate", "evaluate", "finetune",
+        "predict", "search", "inspect-tokenizer", "report", "report", "export",
     ]  # fmt: skip
 
 

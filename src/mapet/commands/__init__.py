@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from mapet.commands.command import AnyCommand, command, command_name
 from mapet.config.data import PrepareConfig
-from mapet.config.evaluation import EmbedConfig, EvaluateConfig, ExportConfig, FinetuneConfig, PredictConfig
+from mapet.config.evaluation import (
+    EmbedConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    PredictConfig,
+    SearchConfig,
+)
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import DebugStepConfig, PretrainConfig, ReportConfig
 from mapet.config.tokenizers import FitTokenizerConfig, InspectTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
@@ -208,6 +215,17 @@ def predict(config: PredictConfig) -> Path:
     return _load("evaluation.predictions").predict(config)
 
 
+@command(SearchConfig)
+def search(config: SearchConfig) -> Path:
+    """Nearest images of each image or of a query, exact and near duplicates, and outliers, by a backbone: a page and CSV files.
+
+    Example:
+      mapet search --backbone runs/photos --images PHOTOS --out similar
+      mapet search --backbone runs/photos --images PHOTOS --features similar/features --query PHOTO.jpg --out found
+    """
+    return _load("commands.search").search(config)
+
+
 @command(ExportConfig)
 def export(config: ExportConfig) -> Path:
     """Export a backbone for timm, Transformers, ONNX or torch.export; every file is loaded again and compared on real images.
@@ -237,7 +255,7 @@ GROUPS: dict[str, tuple[AnyCommand, ...]] = {
     "Tokenizer": (train_tokenizer, fit_tokenizer, tokenize, inspect_tokenizer),
     "Pre-training": (pretrain, report),
     "Evaluation": (evaluate, finetune),
-    "Deployment": (predict, embed, export),
+    "Deployment": (predict, search, embed, export),
 }
 """Heading -> commands, as `mapet --help` lists them; `debug-step`, for a crash, is not among them."""
 COMMANDS = {command_name(function): function for group in [*GROUPS.values(), (debug_step,)] for function in group}

@@ -121,7 +121,7 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool, writes
     out = getattr(config, "out", None) if writes_out else None
     if out is not None and config.out_is_file and is_first_rank():
         check_output_path(out)
-        if out.exists():
+        if out.exists() and not getattr(config, "resume", False):
             message = (
                 f"{option('out')} {out} already exists, and nothing is overwritten: choose another {option('out')}"
             )

@@ -185,6 +185,30 @@ class PredictConfig(shared.ReadOptions, shared.UnreadableImageOptions, shared.De
             yield f"{option('out')} {self.out} ends neither in .csv nor in .parquet: give a file of one of them"
 
 
+class SearchConfig(
+    shared.ReadOptions, shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
+):
+    """Options of `search`."""
+
+    backbone: shared.BackboneSource
+    """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
+    images: shared.Source
+    """Images to search: a folder, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    out: Path
+    """New folder for the page, the CSV files and the features."""
+    query: shared.Source | None = None
+    """An image file, or other images, whose nearest ones among `images` are searched for; none: those of each image of `images`, with
+    duplicates and outliers."""
+    features: Path | None = None
+    """Folder of features of `images` by `backbone`, of `embed` or an earlier search, or a new one; auto: OUT/features."""
+    num_neighbors: PositiveInt = 10
+    """Nearest images of each."""
+    min_similarity: float | None = Field(default=None, gt=-1, le=1)
+    """Cosine similarity from which on two images are near duplicates; auto: that which 95 % of a sample have with their own JPEG copies."""
+    precision: shared.Precision = "auto"
+    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
+
+
 class ExportConfig(shared.FeatureOptions):
     """Options of `export`."""
 

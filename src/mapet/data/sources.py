@@ -28,6 +28,7 @@ def list_images(source: str | Path, options: ReadOptions = AS_STORED) -> ImageLi
             folder: searched to any depth; one without images but with .tar files is a folder of shards. Hidden names and what is not a
                 regular file are ignored. Symbolic links are followed, also out of the folder; a folder that several of them lead to
                 comes once, so loops end.
+            image file: the only one.
             text file: names one image on each line, relative to the file's own folder or absolute.
         options: how the files are read, e.g. the config of a command; prepared images are read already.
 
@@ -89,6 +90,8 @@ def _list_source(source: str | Path) -> ImageList:
             endings = " ".join(sorted(EXTENSIONS))
             raise MapetError(f"no images in {path} ({files.ignored} other files); looked for names ending in {endings}")
         return files
+    if path.is_file() and path.suffix.lower() in EXTENSIONS:
+        return ImageFiles(path.parent, [os.fsencode(path.name)], [path.stat().st_size])
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -57,13 +57,10 @@ def embed(config: EmbedConfig) -> Path:
     """
     if config.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('format')} parquet needs pyarrow: {install_hint('export')}")
-    compute = ComputeContext.from_options(config.device, config.precision)
-    model_options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
-    vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
-    backbone = BackboneWrapper.from_vit(vit, compute, str(config.backbone))
+    backbone = load_embedder(config)
     images = list_as_trained(config.images, config, backbone.read_options)
     warn_outside_range(images, backbone.channels)
-    settings = {"layers": resolve_layers(vit, config.layers), "pool": config.pool}
+    settings = {"layers": resolve_layers(backbone.model, config.layers), "pool": config.pool}
     manifest = compute_rows(
         config, images, backbone, lambda pixels: _compute_features(config, backbone, pixels), settings, "features"
     )
@@ -73,6 +70,18 @@ def embed(config: EmbedConfig) -> Path:
         f"{len(images) - num_unreadable:,}", config.out, num_unreadable, " x ".join(map(str, manifest["shape"])),
     )  # fmt: skip
     return config.out
+
+
+def load_embedder(config: EmbedConfig) -> BackboneWrapper:
+    """Load the backbone whose features `embed` computes, in eval mode, for its own input size or `config.image_size`.
+
+    Raises:
+        MapetError: it cannot be loaded, or the device is not available.
+    """
+    compute = ComputeContext.from_options(config.device, config.precision)
+    model_options: dict[str, Any] = {"img_size": config.image_size} if config.image_size else {}
+    vit = prepare_for_device(load_backbone(config.backbone, **model_options), compute).eval()
+    return BackboneWrapper.from_vit(vit, compute, str(config.backbone))
 
 
 Compute = Callable[[UInt8[Tensor, "B C H W"]], Float[np.ndarray, "B ..."]]

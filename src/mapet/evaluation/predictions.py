@@ -3,7 +3,6 @@
 The logits are written as `mapet embed` writes features, in a hidden folder beside the file, which is removed once the file is whole.
 """
 
-import csv
 import importlib.util
 import logging
 import shutil
@@ -51,7 +50,9 @@ def predict(config: PredictConfig) -> Path:
     out = config.out
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise MapetError(f"{option('out')} {out} needs pyarrow: {install_hint('export')}", field="out", value=out)
+    folder = out.with_name(f".{out.name}.partial")
     if out.exists() and config.resume and not out.is_dir():
+        shutil.rmtree(folder, ignore_errors=True)  # left by a kill after the file was written
         log.info("%s is finished", out)
         return out
     files.create_output_dir(out, create=False)
@@ -74,14 +75,15 @@ def predict(config: PredictConfig) -> Path:
         check_finite_features(logits, backbone.name)
         return logits.cpu().numpy()
 
-    folder = out.with_name(f".{out.name}.partial")
     options = config.model_dump(include={"backbone", "images", "max_unreadable", "resume", *ReadOptions.model_fields})
     manifest = compute_rows(EmbedConfig(**options, out=folder), images, backbone, compute_logits, {}, "predictions")
     predictions = Predictions(
         images, files.read_array(folder / ROWS, "r"), manifest["unreadable"], backbone.classes, temperature
     )
-    with files.atomic_write(out) as temporary:
-        (predictions.write_parquet if out.suffix == ".parquet" else predictions.write_csv)(temporary)
+    if out.suffix == ".csv":
+        files.write_csv(out, predictions.columns, predictions.csv_rows())
+    else:
+        predictions.write_parquet(out)
     shutil.rmtree(folder)
     log.info("labels and %sprobabilities of %s images in %s (%d unreadable)", "" if temperature else "uncalibrated ",
         f"{len(images):,}", out, len(manifest["unreadable"]))  # fmt: skip
@@ -122,26 +124,22 @@ class Predictions(NamedTuple):
             labels = [None if error else self.classes[index] for error, index in zip(errors, best, strict=True)]
             yield [self.images.printable_id(row) for row in rows], labels, errors, chances
 
-    def write_csv(self, path: Path) -> None:
-        """Write a CSV file (UTF-8); texts that a spreadsheet would run as formulas are escaped."""
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(map(files.escape_formula, self.columns))
-            for ids, labels, errors, chances in self.blocks():
-                for name, label, error, row in zip(ids, labels, errors, chances.tolist(), strict=True):
-                    first, *others = ["" if error else f"{value:.6f}" for value in (max(row), *row)]
-                    texts = [files.escape_formula(text or "") for text in (name, label, error)]
-                    writer.writerow([*texts[:2], first, texts[2], *others])
+    def csv_rows(self) -> Iterator[list[str]]:
+        """Yield the cells of each row of the CSV file."""
+        for ids, labels, errors, chances in self.blocks():
+            for name, label, error, row in zip(ids, labels, errors, chances.tolist(), strict=True):
+                first, *others = ["" if error else f"{value:.6f}" for value in (max(row), *row)]
+                yield [name, label or "", first, error or "", *others]
 
     def write_parquet(self, path: Path) -> None:
-        """Write a Parquet file with the columns of the CSV file; probabilities are float32."""
+        """Write a Parquet file atomically, with the columns of the CSV file; probabilities are float32."""
         import pyarrow
         import pyarrow.parquet
 
         text, number = pyarrow.string(), pyarrow.float32()
         types = [text, text, number, text, *(number for _ in self.classes)]
         schema = pyarrow.schema(list(zip(self.columns, types, strict=True)))
-        with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        with files.atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
             for ids, labels, errors, chances in self.blocks():
                 values = [ids, labels, chances.max(1), errors, *chances.T]
                 arrays = [

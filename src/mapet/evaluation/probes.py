@@ -68,7 +68,10 @@ def fit_scaler(cache: FeatureCache) -> StandardScaler:
 
 
 def nearest_neighbors(
-    blocks: Iterable[tuple[int, Float[Tensor, "b D"]]], queries: Float[Tensor, "m D"], k: int, scaler: StandardScaler
+    blocks: Iterable[tuple[int, Float[Tensor, "b D"]]],
+    queries: Float[Tensor, "m D"],
+    k: int,
+    scaler: StandardScaler | None,
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """Find the `k` rows nearest to each query by cosine similarity of standardized features, among rows that may be too many for memory.
 
@@ -78,14 +81,17 @@ def nearest_neighbors(
         blocks: consecutive blocks of rows, each (index of the block's first row, its rows); they need not be normalized.
         queries: feature vectors to find neighbors of; they need not be normalized.
         k: number of neighbors; with fewer rows, all of them are returned.
-        scaler: fitted on the rows (`fit_scaler`); rows and queries are standardized by its mean and scale.
+        scaler: fitted on the rows (`fit_scaler`); rows and queries are standardized by its mean and scale; None: as they are.
 
     Returns:
         (cosine similarities, row indices) of the nearest rows of each query, nearest first; with fewer than `k` rows, (m, rows).
     """
-    mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
+    mean, scale = torch.zeros(1), torch.ones(1)
+    if scaler is not None:
+        mean, scale = (torch.from_numpy(part).float() for part in (scaler.mean_, scaler.scale_))
+    mean, scale = mean.to(queries.device), scale.to(queries.device)
     queries = F.normalize((queries - mean) / scale, dim=1)
-    similarity, index = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    similarity, index = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
     for first_row, block in blocks:
         block = F.normalize((block - mean) / scale, dim=1)
         # 1024 queries at a time, which bounds the memory of the similarities.

@@ -18,13 +18,13 @@ from markupsafe import Markup
 from mapet.config.base import dump_yaml
 from mapet.config.shared import format_teachers
 from mapet.errors import option
+from mapet.files import escape_formula
 from mapet.studies.statistics import format_condition, format_p_value
 from mapet.training.metrics import format_duration
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette (2008), whose colors differ for the color-blind, too."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 LINE_STYLES = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
 """Color and dashes (lengths in pixels) of the lines of a plot, taken in turn."""
 
@@ -56,8 +56,7 @@ def format_csv(rows: Iterable[Iterable[object]]) -> str:
     """Format rows as CSV. A text that a spreadsheet would take for a formula, because of its first character, gets a ' before it."""
     file = io.StringIO()
     for row in rows:
-        cells = [f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) else cell for cell in row]
-        csv.writer(file, lineterminator="\n").writerow(cells)
+        csv.writer(file, lineterminator="\n").writerow(map(escape_formula, row))
     return file.getvalue()
 
 
