@@ -9,7 +9,7 @@ env=$(mktemp -d)
 trap 'rm -rf "$env"' EXIT INT TERM
 "$python" -m venv "$env"
 "$env/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints-minimum.txt \
-    '.[clip,datasets,detection,export,track]' 'pytest>=8' hypothesis scikit-image rasterio
+    '.[clip,datasets,detection,export,medical,track]' 'pytest>=8' hypothesis scikit-image rasterio
 [ $# -gt 0 ] || set -- tests/test_*.py tests/data tests/models tests/tokenizers tests/training tests/evaluation tests/reports tests/studies tests/parity tests/formats
 # The tests are of this tree; what was installed gives the version.
 PYTHONPATH=src "$env/bin/python" -m pytest -q "$@"

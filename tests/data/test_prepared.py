@@ -229,5 +229,5 @@ def test_gray_images_read_as_color_are_reported(photos, tmp_path, caplog):
 
 def test_check_reports_the_range(scans):
     lines = "\n".join(mapet.check(images=scans / "scans", image_size=64, fit_tokenizer={"channels": 1}).lines())
-    command = re.search(r"16 of 256 levels. `mapet prepare --value-range (\d+) (\d+)` makes use of all", lines)
+    command = re.search(r"16 of 256 levels. --value-range (\d+) (\d+) makes use of all", lines)
     assert command and int(command[1]) < 200 and 3900 < int(command[2]) <= 4095

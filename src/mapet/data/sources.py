@@ -11,7 +11,7 @@ from mapet.config.shared import AS_STORED, HF_PREFIX, ReadOptions, is_url
 from mapet.data.hugging_face import HFImageList
 from mapet.data.image_list import ImageFiles, ImageList, split_pages
 from mapet.data.prepared import IDS, PreparedDataset
-from mapet.data.readers.open import EXTENSIONS
+from mapet.data.readers.open import EXTENSIONS, is_image_name
 from mapet.data.tar_shards import TarImageList
 from mapet.errors import MapetError, option
 from mapet.files import MANIFEST
@@ -88,7 +88,11 @@ def _list_source(source: str | Path) -> ImageList:
             return TarImageList(text, sorted(map(os.path.abspath, path.glob("*.tar"))))
         if not len(files):
             endings = " ".join(sorted(EXTENSIONS))
-            raise MapetError(f"no images in {path} ({files.ignored} other files); looked for names ending in {endings}")
+            volumes = (
+                "; NIfTI volumes (.nii) are not read, save their slices as .npy" if any(path.rglob("*.nii*")) else ""
+            )
+            others = f"{files.ignored} other files{volumes}"
+            raise MapetError(f"no images in {path} ({others}); looked for names ending in {endings}")
         return files
     if path.is_file() and path.suffix.lower() in EXTENSIONS:
         return ImageFiles(path.parent, [os.fsencode(path.name)], [path.stat().st_size])
@@ -126,14 +130,14 @@ def _scan_folder(root: Path) -> ImageFiles:
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
-            path, extension = os.path.join(subfolder, entry.name), os.path.splitext(entry.name)[1].lower()
+            path = os.path.join(subfolder, entry.name)
             try:
                 is_folder = entry.is_dir()
             except OSError:  # a link to itself
                 is_folder = False
             if is_folder:
                 heapq.heappush(pending, (linked or entry.is_symlink(), path))
-            elif extension.decode("latin-1") in EXTENSIONS and (size := _file_size(entry)) is not None:
+            elif (size := _file_size(entry)) is not None and is_image_name(entry.path):
                 files.append((path, size))
             else:
                 ignored += 1

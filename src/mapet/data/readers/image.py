@@ -231,7 +231,7 @@ class DecodedImage(LazyImage):
         self._check_bands(rgb)
         if self.ranges is None and self.is_deep and not is_unsigned:
             raise ImageDecodeError(
-                f"{self.dtype} values ({self._describe_values()}), expected uint8 or uint16: --value-range LOW HIGH maps them to 8 bits"
+                f"{self.dtype} pixels ({self._describe_values()}), expected uint8 or uint16: --value-range LOW HIGH maps them to 8 bits"
             )
 
     def _check_bands(self, rgb: bool) -> None:

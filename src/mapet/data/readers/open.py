@@ -1,12 +1,14 @@
 """Recognize the format of an image file, and open it with the reader of its family."""
 
 import io
+import os
 import warnings
 
 from PIL import ExifTags, Image
 
 from mapet.config.shared import AS_STORED, ReadOptions
 from mapet.data.readers.arrays import open_archive, open_array
+from mapet.data.readers.dicom import MAGIC, MAGIC_OFFSET, count_frames, open_dicom
 from mapet.data.readers.image import (
     ORIENTATIONS,
     ImageDecodeError,
@@ -22,7 +24,7 @@ from mapet.data.readers.tiff import count_tiff_pages, open_tiff
 
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
 PILLOW_EXTENSIONS = (".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
-EXTENSIONS = frozenset((".npy", ".npz", ".tif", ".tiff", *JPEG_EXTENSIONS, *PILLOW_EXTENSIONS))
+EXTENSIONS = frozenset((".npy", ".npz", ".tif", ".tiff", ".dcm", ".dicom", *JPEG_EXTENSIONS, *PILLOW_EXTENSIONS))
 """Extensions, in lower case, of the files that count as images in folders and archives."""
 HEAD_BYTES = 256
 """What is read of a file to recognize its format."""
@@ -63,6 +65,8 @@ def open_image(
         head = stream.read(HEAD_BYTES)
         if not head:
             raise ImageDecodeError("zero bytes")
+        if head[MAGIC_OFFSET:].startswith(MAGIC):  # before it there may be anything, even a TIFF's head
+            return open_dicom(file, channels, options, page)
         if head.startswith(b"\x93NUMPY") or (not isinstance(file, bytes) and str(file).lower().endswith(".npy")):
             return open_array(file, channels, options)
         if head.startswith(b"PK\x03\x04"):
@@ -81,7 +85,10 @@ def count_pages(file: ImageFile) -> int:
         ImageDecodeError: the file cannot be read, with the reason.
     """
     with translate_errors(), io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb", buffering=0) as stream:
-        return count_tiff_pages(file) if stream.read(HEAD_BYTES).startswith(TIFF_HEADS) else 1
+        head = stream.read(HEAD_BYTES)
+        if head[MAGIC_OFFSET:].startswith(MAGIC):
+            return count_frames(file)
+        return count_tiff_pages(file) if head.startswith(TIFF_HEADS) else 1
 
 
 def read_orientation(file: ImageFile) -> StoredImage:
@@ -96,3 +103,15 @@ def read_orientation(file: ImageFile) -> StoredImage:
             )
     except Exception:  # of any kind, from a damaged file, which is reported when it is read
         return StoredImage(Orientation(), (0, 0))
+
+
+def is_image_name(path: str | bytes) -> bool:
+    """Return whether a path counts as an image: by its extension or, of a file without one, as scanners write DICOM, by its first bytes."""
+    extension = os.path.splitext(os.fsdecode(path))[1].lower()
+    if extension:
+        return extension in EXTENSIONS
+    try:
+        with open(path, "rb", buffering=0) as stream:
+            return stream.read(MAGIC_OFFSET + len(MAGIC))[MAGIC_OFFSET:] == MAGIC
+    except OSError:
+        return False
