@@ -29,7 +29,9 @@ from mapet.training.step import ForwardBackward, auto_micro_batch
 from mapet.training.tasks.pretraining import build_model_for
 
 NUM_TIMED = 16
-"""Images of the batch that is timed."""
+"""Images that are read to time reading and the teacher."""
+TIMED_BATCHES, MAX_STEP_SECONDS = (4, 16, 64), 0.5
+"""Images of a training step that is timed: of small models a step of few images is mostly overhead; until a step takes this long."""
 NUM_TIMED_CONTROLS = 4
 """Images of the batch that controls are timed on."""
 NUM_PROBED, PROBED_DIM = 128, 64
@@ -145,21 +147,24 @@ def _time_training(candidate: Candidate, channels: int, given: Mapping[str, Any]
         build_model_for(config, candidate.image_size, candidate.patch_size, channels, vocab_size=512, feature_size=512),
         compute,
     )
-    count, num_patches = NUM_TIMED if compute.device.type == "cpu" else 8 * NUM_TIMED, model.num_patches
-    pixels = torch.randint(256, (count, channels, *candidate.image_size), dtype=torch.uint8)
-    targets = torch.zeros(count, num_patches, dtype=torch.int64)
-    if model.target != "tokens":
-        targets = torch.zeros(count, num_patches, model.head.out_features)
-    permutation = torch.stack([torch.randperm(num_patches) for _ in range(count)])
-    batch = Batch(torch.arange(count), normalize(pixels, channels), targets=targets, permutation=permutation).to(
-        compute.device
-    )
-    indices = model.sample_target_indices(model.num_context, seed=[0])
-    batch = replace(
-        batch, num_context=model.num_context, target_indices=None if indices is None else compute.to(indices)
-    )
-    step = ForwardBackward(model, compute, auto_micro_batch(model, count, compute))
-    return _time(lambda: step(batch)) / count
+    num_patches, seconds = model.num_patches, 0.0
+    for count in TIMED_BATCHES:
+        pixels = torch.randint(256, (count, channels, *candidate.image_size), dtype=torch.uint8)
+        shape = (count, num_patches) if model.target == "tokens" else (count, num_patches, model.head.out_features)
+        targets = torch.zeros(shape, dtype=torch.int64 if model.target == "tokens" else torch.float32)
+        permutation = torch.stack([torch.randperm(num_patches) for _ in range(count)])
+        batch = Batch(torch.arange(count), normalize(pixels, channels), targets=targets, permutation=permutation).to(
+            compute.device
+        )
+        indices = model.sample_target_indices(model.num_context, seed=[0])
+        batch = replace(
+            batch, num_context=model.num_context, target_indices=None if indices is None else compute.to(indices)
+        )
+        step = ForwardBackward(model, compute, auto_micro_batch(model, count, compute))
+        seconds = _time(lambda: step(batch)) / count  # noqa: B023, called at once
+        if seconds * count > MAX_STEP_SECONDS:
+            break
+    return seconds
 
 
 def _time_controls(candidate: Candidate, channels: int, compute: ComputeContext) -> float:
