@@ -9,7 +9,7 @@ import tifffile
 import torch
 
 import mapet
-from mapet.commands.pipeline import _plan
+from mapet.commands.pipeline import _list_stages
 from mapet.config.pipeline import RunConfig
 from mapet.config.shared import ReadOptions
 from mapet.data.dataset_stats import find_value_range
@@ -159,5 +159,5 @@ def test_a_range_is_found_from_percentiles_without_nodata(trained, tmp_path):
 
 def test_run_hands_the_range_to_the_first_stage_and_the_others_take_it_from_the_tokenizer(trained, tmp_path):
     config = RunConfig(images=trained / "scans", out=tmp_path, value_range=(100, 2400))
-    stages = _plan(config)
+    stages = _list_stages(config)
     assert [getattr(stage.config, "value_range", None) for stage in stages[:4]] == [(100, 2400), None, None, None]
