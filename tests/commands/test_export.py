@@ -277,7 +277,8 @@ def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
     for name, backbone, scratch in (("a", run_dir, False), ("b", tmp_path / "vit", False), ("c", run_dir, True)):
         mapet.finetune(backbone=backbone, out=tmp_path / name, from_scratch=scratch, images=digits / "test", **FINETUNE)
     state = RunState.read(tmp_path / "a")
-    state.results["provenance"]["tokenizer"]["teacher"]["teacher"] = "resnet50x64_clip.openai"
+    tokenizer = state.results["provenance"]["tokenizer"]
+    tokenizer["teacher"]["teacher"], tokenizer["label_free"] = "resnet50x64_clip.openai", False
     state.write(tmp_path / "a")
     mapet.finetune(backbone=tmp_path / "a", out=tmp_path / "d", images=digits / "test", **FINETUNE)
     for name in "ad":
