@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-IGNORED = ("run.json", "train.log", "report.html", "curve.png")
+IGNORED = ("log.txt", "run.json", "train.log", "report.html", "curve.png")
 """Files with times and processes in them."""
 TIMES = re.compile(r', "(images_per_second|data_time_fraction|seconds)": [^,}]+')
 IMAGE_LIMITS = ("--image-size", "8", "--patch-size", "2", "--channels", "1")
 TINY = ("--model-args", "embed_dim=32", "depth=1", "num_heads=2")
+OUT = {"predict": "out.csv"}
+"""Name of the output of commands that write a file; of the others it is out."""
 LOOP = ("--epochs", "2", "--batch-size", "20", "--lr", "1e-3", "--device", "cpu")
 
 
@@ -99,7 +101,7 @@ def attempt(argv: list[str], folder: Path, number: int = 0, after: bool = False)
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.addaudithook(end_at(folder / "out", number, after, counter))
+        sys.addaudithook(end_at(folder, number, after, counter))
         code = main(argv)
         os.write(writer, str(counter[0]).encode())
         os._exit(code)
@@ -110,7 +112,7 @@ def attempt(argv: list[str], folder: Path, number: int = 0, after: bool = False)
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """Return the sha256 of each file of a finished command, without what differs between two runs, and names of what is left over."""
+    """Return the sha256 of each file below a folder, also of what is left over, without what differs between two runs."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -169,9 +171,9 @@ class Workshop:
         if command not in self.whole:
             argv, place = self.argv(command), self.folder / f"whole-{command}"
             place.mkdir()
-            code, count = attempt([*argv, "--out", str(place / "out")], place)
+            code, count = attempt([*argv, "--out", str(place / OUT.get(command, "out"))], place)
             assert code == 0, (place / "log.txt").read_text()[-2000:]
-            self.whole[command] = digest(place / "out"), count
+            self.whole[command] = digest(place), count
         return self.whole[command]
 
     def check(self, point: Point) -> str:
@@ -180,18 +182,17 @@ class Workshop:
         place = self.folder / "attempt"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        argv = [*self.argv(point.command), "--out", str(place / "out")]
+        argv = [*self.argv(point.command), "--out", str(place / OUT.get(point.command, "out"))]
         code, _ = attempt(argv, place, point.number, point.after)
         if code != -signal.SIGKILL:
             return f"ended with {code} before the point"
         code, _ = attempt([*argv, "--resume"], place)
         if code:
             return f"resuming ended with {code}: {(place / 'log.txt').read_text()[-600:]}"
-        found = digest(place / "out")
+        found = digest(place)
         if found != expected:
-            return f"other files: {sorted(dict(found.items() ^ expected.items()))}"
-        left = sorted(path.name for path in place.iterdir() if path.name not in ("out", "log.txt"))
-        return f"left over: {left}" if left else ""
+            return f"other files, or left over: {sorted(dict(found.items() ^ expected.items()))}"
+        return ""
 
 
 COMMANDS = ("prepare", "fit-tokenizer", "tokenize", "embed", "predict", "pretrain", "train-tokenizer", "finetune")

@@ -194,7 +194,7 @@ def test_a_study_leaves_the_users_own_config(tmp_path, crops):
 def test_files_of_others_are_not_replaced(tmp_path, crops):
     (tmp_path / "list.txt").write_text("mine")
     with refused(tmp_path / "list.txt", field="out"):
-        mapet.check(images=crops, out=tmp_path / "list.txt", benchmark=False)
+        mapet.report(run=tmp_path / "run", out=tmp_path / "list.txt")
     with refused(tmp_path / "list.txt", field="out"):
         mapet.evaluate(backbone="random:vit_tiny_patch16_224", images=crops, out=tmp_path / "list.txt")
     assert (tmp_path / "list.txt").read_text() == "mine"
