@@ -377,6 +377,8 @@ def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Po
         device: that it trains on, e.g. 'cuda:0'.
         num_threads: CPU threads of its OpenMP libraries, PyTorch and scikit-learn.
     """
+    if try_read_state(folder) is None:  # marks the folder as the trial's, whose process resumes it for the 0th time
+        RunState(command="trial", status="interrupted", resumes=-1).write(folder)
     code = "import sys; from mapet.studies.trials import run_trial; sys.exit(run_trial(*sys.argv[1:]))"
     with (folder / "trial.log").open("ab") as output:
         return subprocess.Popen(
