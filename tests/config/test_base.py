@@ -53,7 +53,7 @@ def test_numbers_that_are_no_finite_number(name, number, tmp_path):
         (EvaluateConfig, {"backbone": "a", "few_shot": ["0"]}, "few_shot", ["0"]),
         (PrepareConfig, {"value_range": ["4095"]}, "value_range", ["4095"]),
         (PrepareConfig, {"value_range": [0, float("nan")]}, "value_range", ["nan"]),
-        (PrepareConfig, {"value_range": [4095, 0]}, None, ["value_range", 4095, 0]),
+        (PrepareConfig, {"value_range": [4095, 0]}, "value_range", [4095, 0]),
         (FinetuneConfig, {"backbone": "a", "warmup_epochs": 100, "epochs": 1}, None, ["warmup_epochs", 100, "epochs"]),
         (StudyConfig, {"test_images": "b", "tokenizers": {"a": {}}, "grid": {"lr": [1]}, "seeds": [int(DIGITS)]}, "seeds", [DIGITS]),
     ],

@@ -78,9 +78,12 @@ def test_files_give_what_their_images_give_and_what_embed_reads(sources, vit_fol
     (tmp_path / "images" / "a").mkdir(parents=True)
     paths = {}
     for name, (image, _) in sources.items():
-        paths[name] = tmp_path / "images" / "a" / f"{name}.{'tif' if name in ('CMYK', '32 bits', 'EXIF') else 'png'}"
+        paths[name] = tmp_path / "images" / "a" / f"{name}.{'tif' if name in ('CMYK', 'EXIF') else 'png'}"
         image.save(paths[name], exif=image.getexif())
     model, transform = mapet.load(vit_folder)
+    sources["32 bits"][0].save(tmp_path / "deep.tif")
+    with refused("deep.tif", "int32", "value-range"):  # a PNG of the same image has 16 bits
+        transform(tmp_path / "deep.tif")
     batch = transform(list(paths.values()))
     for name, pixels in zip(paths, batch, strict=True):
         with Image.open(paths[name]) as image:
@@ -109,8 +112,8 @@ def test_gray_models_arrays_and_refusals(sources, tmp_path):
     assert torch.allclose(
         transform(tmp_path / "bands.npy") * 0.25 + 0.5, torch.from_numpy(bands / 255).float().movedim(-1, 0)
     )
-    for wrong, message in ((rgb, "needs .npy arrays"), (tmp_path / "none.png", "none.png")):
-        with refused(message):
+    for wrong, named in ((rgb, ["3 bands", "5 channels"]), (tmp_path / "none.png", ["none.png"])):
+        with refused(*named):
             transform([wrong])
     (tmp_path / "broken.png").write_bytes(b"no image")
     with refused("broken.png", "not an image"):

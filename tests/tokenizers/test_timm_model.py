@@ -103,7 +103,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 def test_k_clip_stands_for_the_options_of_the_paper():
     """Those given beside the name hold; the config records the timm model."""
     preset = TeacherOptions(teacher="k-clip")
-    assert (preset.teacher, preset.teacher_image_size) == ("resnet50x64_clip.openai", (448, 448))
+    assert (preset.teacher, preset.teacher_image_size) == (("resnet50x64_clip.openai",), (448, 448))
     assert (preset.teacher_layer, preset.teacher_output) == (-1, "block")
     assert TeacherOptions(**preset.model_dump(mode="json")) == preset
     other = TeacherOptions(teacher="k-clip", teacher_image_size=224, teacher_layer=2)
@@ -115,7 +115,7 @@ def test_vqkd_clip_is_the_teacher_of_train_tokenizer_s_example():
     assert "--teacher vqkd-clip" in (mapet.train_tokenizer.__doc__ or "")
     for config in (TrainTokenizerConfig, FitTokenizerConfig):
         preset = config(images="x", out="y", teacher="vqkd-clip")
-        assert preset.teacher == "vit_base_patch16_clip_quickgelu_224.openai"
+        assert preset.teacher == ("vit_base_patch16_clip_quickgelu_224.openai",)
         assert (preset.teacher_image_size, preset.teacher_layer) == ((224, 224), -1)
         assert preset.teacher_output == "projection"
 

@@ -316,15 +316,16 @@ def parse_yaml(text: str) -> Any:
         ValueError: it is no valid YAML, has numbers, dates or nesting that Python cannot represent, has more than `MAX_YAML_VALUES`
             values, or a mapping has a key twice.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        _check_nodes(node)
-        return None if node is None else loader.construct_document(node)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            _check_nodes(node)
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, OverflowError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
-    finally:
-        loader.dispose()
 
 
 def _check_nodes(root: yaml.Node | None) -> None:
