@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import mapet
 from mapet.commands import COMMANDS
 
 TINY_MODEL = "--model-args embed_dim=16 depth=1 num_heads=1"
@@ -30,6 +31,8 @@ ARGUMENTS = {
     "inspect-tokenizer": "TOKENIZER --images FEW",
     "report": "RUN --no-figures",
     "embed": "--images FEW --backbone RUN",
+    "predict": "--images FEW --backbone TUNED",
+    "search": "--images FEW --backbone RUN",
     "export": "--backbone RUN",
     "study": "--images LABELED --test-images TEST --tokenizers 'pixels={image_size: 8, patch_size: 2, channels: 1, vocab_size: 16}' "
     f"--grid 'objective=[mim]' --seeds 0 --labels-per-class 2 --pretrain.epochs 1 --pretrain.{TINY_MODEL[2:]} --finetune.epochs 1",
@@ -50,7 +53,10 @@ def run_command(digits, few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path
     }  # fmt: skip
 
     def call(name: str, ranks: int) -> tuple[Path, float]:
-        out = tmp_path / (str(ranks) + {"report": ".html"}.get(name, ""))
+        if "TUNED" in ARGUMENTS[name] and "TUNED" not in paths:
+            paths["TUNED"] = tmp_path / "tuned"
+            mapet.finetune(backbone=run_dir, images=digits / "train", out=paths["TUNED"], labels_per_class=2, epochs=1)
+        out = tmp_path / (str(ranks) + {"report": ".html", "predict": ".csv"}.get(name, ""))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
         words = [str(paths.get(word, word)) for word in shlex.split(ARGUMENTS[name])]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
