@@ -43,7 +43,7 @@ def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> 
     """Evaluate a backbone and all controls; what is in `out` is replaced.
 
     Returns:
-        A row for each: 'features', and for each probe its accuracy, the ends of the 95 % interval ('_low', '_high') and what it selected.
+        A row for each: 'features', and for each probe its accuracy (balanced where the test images are imbalanced), the ends of the 95 % interval ('_low', '_high') and what it selected.
     """
     shutil.rmtree(out, ignore_errors=True)  # of an evaluation that was stopped
     mapet.evaluate(backbone=[str(pretrained)], protocols=list(PROBES), pool=pool, out=out, **images)
@@ -52,7 +52,8 @@ def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> 
     for source, by_protocol in (results["backbones"] | results["controls"]).items():
         row: Row = {"features": "pre-trained" if source == str(pretrained) else title(source, pretrained)}
         for probe in PROBES:
-            metric = by_protocol[probe]["metrics"][probe]
+            metrics = by_protocol[probe]["metrics"]
+            metric = metrics.get(f"{probe}_balanced_accuracy", metrics[probe])
             row |= {probe: metric["value"], f"{probe}_low": metric["ci_low"], f"{probe}_high": metric["ci_high"]}
             row[f"{probe}_selected"] = metric["selected"]
         rows.append(row)
