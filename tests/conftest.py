@@ -105,7 +105,8 @@ def tokens_dir(few_digits: Path, tokenizer_dir: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def run_dir(few_digits: Path, tokenizer_dir: Path, tokens_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pre-training run of 6 steps."""
+    """A finished pre-training run of 6 steps, of as many threads as its tests have, whichever asks for it first."""
+    torch.set_num_threads(2)
     out = tmp_path_factory.mktemp("pretrained") / "run"
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=out, **PRETRAIN)
     return out

@@ -1,5 +1,6 @@
 """One process a folder: a lock file that names its holder, is renewed each minute, and does not outlive the process for long."""
 
+import fcntl
 import json
 import logging
 import os
@@ -113,38 +114,44 @@ def _try_create(path: Path, content: bytes) -> bool:
     return True
 
 
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Exclude other processes and threads in this context, by flock of the folder; on file systems without it they are not excluded."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_if_stale(path: Path, take_over: bool) -> None:
     """Remove a lock file whose holder is gone, or any if `take_over`; return, too, if it is gone by itself or not written yet.
 
     Raises:
         MapetError: another process holds the lock.
     """
-    try:
-        content, age = path.read_bytes(), time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return
-    try:
-        holder = Holder(*json.loads(content))
-    except (ValueError, TypeError):
-        if not take_over and age < UNREADABLE_S:
-            return time.sleep(0.1)
-    else:
-        if not (take_over or holder in _taken_over or holder.is_gone(age)):
-            who = f"process {holder.pid} on {holder.host}, which renewed its lock {age:.0f} s ago"
-            raise MapetError(
-                f"{path.parent} is in use by {who}. Wait for it or end it; if it is gone, give {option('take_over', True)}, or delete {path}",
-                field="out", value=path.parent,
-            )  # fmt: skip
-        if take_over:
-            _taken_over.add(holder)
-    # Of several processes that find it stale, one renames it; if that was a new lock already, it is put back.
-    moved = path.with_name(f"{LOCK_FILE}.{os.getpid()}.tmp")
-    with suppress(FileNotFoundError):
-        os.rename(path, moved)
-        if moved.read_bytes() != content:
-            with suppress(FileExistsError):
-                os.link(moved, path)
-        moved.unlink()
+    with _one_at_a_time(path.parent):  # so that what is removed is what was read, not the new lock of a faster process
+        try:
+            content, age = path.read_bytes(), time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            return
+        try:
+            holder = Holder(*json.loads(content))
+        except (ValueError, TypeError):
+            if not take_over and age < UNREADABLE_S:
+                return time.sleep(0.1)
+        else:
+            if not (take_over or holder in _taken_over or holder.is_gone(age)):
+                who = f"process {holder.pid} on {holder.host}, which renewed its lock {age:.0f} s ago"
+                raise MapetError(
+                    f"{path.parent} is in use by {who}. Wait for it or end it; if it is gone, give {option('take_over', True)}, or delete {path}",
+                    field="out", value=path.parent,
+                )  # fmt: skip
+            if take_over:
+                _taken_over.add(holder)
+        path.unlink(missing_ok=True)
 
 
 def _renew(path: Path, content: bytes, stop: threading.Event) -> None:
