@@ -43,7 +43,8 @@ def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> 
     """Evaluate a backbone and all controls; what is in `out` is replaced.
 
     Returns:
-        A row for each: 'features', and for each probe its accuracy (balanced where the test images are imbalanced), the ends of the 95 % interval ('_low', '_high') and what it selected.
+        A row for each: 'features', and for each probe its accuracy, balanced where the test images are imbalanced, the ends of the 95 %
+        interval ('_low', '_high') and what it selected.
     """
     shutil.rmtree(out, ignore_errors=True)  # of an evaluation that was stopped
     mapet.evaluate(backbone=[str(pretrained)], protocols=list(PROBES), pool=pool, out=out, **images)
