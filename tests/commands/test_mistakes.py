@@ -135,7 +135,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
 def test_run_refuses_at_once_what_a_later_stage_would(options, told, capsys, crops, tmp_path):
     out = tmp_path / "run"
     options = [str(crops) if word == "CROPS" else word for word in options]
-    line = fails(capsys, "run", "--images", crops, "--out", out, *options)
+    line = fails(capsys, "run", "--images", crops, "--out", out, "--time", "10000", *options)  # enough if it is busy, too
     assert told in line
     assert not out.exists()
 
@@ -575,7 +575,7 @@ def test_out_among_the_images_is_refused(capsys, crops, monkeypatch):
 
 
 def test_a_stage_of_run_names_options_as_run_has_them(capsys, crops, tmp_path):
-    run = ["run", "--images", crops, "--out", tmp_path / "run"]
+    run = ["run", "--images", crops, "--out", tmp_path / "run", "--time", "10000"]  # enough on a busy machine, too
     small = ["--fit-tokenizer.image-size", "16", "--fit-tokenizer.patch-size", "16"]
     line = fails(capsys, *run, *small, "--fit-tokenizer.vocab-size", "5000")
     assert "--fit-tokenizer.vocab-size 5,000" in line
