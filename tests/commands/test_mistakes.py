@@ -145,7 +145,8 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
-    assert main(["run", "--images", str(crops), "--out", str(tmp_path / "run")]) == 130
+    run = ["run", "--images", str(crops), "--out", str(tmp_path / "run"), "--time", "10000"]
+    assert main(run) == 130
     assert (
         f"mapet run: interrupted. Resume with: mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err
     )
