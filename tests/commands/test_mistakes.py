@@ -135,7 +135,9 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
 def test_run_refuses_at_once_what_a_later_stage_would(options, told, capsys, crops, tmp_path):
     out = tmp_path / "run"
     options = [str(crops) if word == "CROPS" else word for word in options]
-    line = fails(capsys, "run", "--images", crops, "--out", out, "--time", "10000", *options)  # enough if it is busy, too
+    line = fails(
+        capsys, "run", "--images", crops, "--out", out, "--time", "10000", *options
+    )  # enough if it is busy, too
     assert told in line
     assert not out.exists()
 
