@@ -86,46 +86,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         config = _drop_large_few_shot_splits(config, data.train)
     loaders = {source: partial(BackboneWrapper.load, source, compute, config.seed) for source in config.backbone}
     controls = plan_controls(config, names, data.train, (load() for load in loaders.values()))
-    info = {
-        "images": f"{config.images} ({len(data.train):,} images)",
-        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
-        "features": config.features_description,
-        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
-    }
-    if data.train.classes:
-        info["classes"] = f"{len(data.train.classes):,}, majority accuracy {data.test.majority_accuracy:.3f}"
-        if is_imbalanced(data.test.labels):
-            info["classes"] += "; test images are imbalanced: balanced accuracy and AUROC stand before the accuracy"
-    memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
-    scratch_dir = config.out or Path(tempfile.gettempdir())
+    info = _describe(config, data, compute)
     results: dict[str, dict[str, ProtocolResult]] = {}
-    read_options: ReadOptions | None = None
-    controls_started = math.inf
     try:
-        for name, load in (loaders | controls).items():
-            if name in controls:
-                controls_started = min(controls_started, time.monotonic())
-                if time.monotonic() - controls_started > 60 * (config.max_control_minutes or math.inf):
-                    log.warning("control %s is skipped: the time for controls is over", name)
-                    continue
+        for load in loaders.values():
             backbone = load()
-            cache = CacheConfig(memory, scratch_dir, inference_batch_size(backbone.image_size))
-            kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)
-            log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", name, kind, image_size)
-            if name not in controls:  # these read the images as the last backbone does
-                read_options = backbone.read_options
-            own_data = data.read_as_trained(config, read_options)
-            warn_outside_range(own_data.test.images, backbone.channels)
-            with closing(EvalContext(backbone, own_data, cache, config)) as context:
-                if name not in controls:
-                    _run_protocols(names, context, results, info)
-                    continue
-                context.options = options_for(backbone.model, config)
-                if (num_bytes := 4 * len(data.train) * context.num_features) <= memory:
-                    _run_protocols(protocols_for(backbone.model, names), context, results, info)
-                else:
-                    found = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
-                    log.warning("control %s is skipped: its features of the training images take %s", name, found)
+            with closing(_open_context(backbone, data, config, backbone.read_options)) as context:
+                _run_protocols(names, context, results, info)
+        started = time.monotonic()
+        for name, load_control in controls.items():  # they read the images as the last backbone does
+            if time.monotonic() - started > 60 * (config.max_control_minutes or math.inf):
+                log.warning("control %s is skipped: the time for controls is over", name)
+                continue
+            with closing(_open_context(load_control(), data, config, backbone.read_options)) as context:
+                _run_control(names, context, results, info)
     except KeyboardInterrupt:
         if config.out is None or not any(results.values()):
             raise
@@ -143,6 +117,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
         source: {row: metric.value for result in by_protocol.values() for row, metric in result.metrics.items()}
         for source, by_protocol in results.items()
     }
+
+
+def _describe(config: EvaluateConfig, data: EvalData, compute: ComputeContext) -> dict[str, str]:
+    """Return the lines above the table: label -> text."""
+    info = {
+        "images": f"{config.images} ({len(data.train):,} images)",
+        "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
+        "features": config.features_description,
+        "machine": f"{platform.machine()}, {compute}, torch {torch.__version__}",
+    }
+    if data.train.classes:
+        info["classes"] = f"{len(data.train.classes):,}, majority accuracy {data.test.majority_accuracy:.3f}"
+        if is_imbalanced(data.test.labels):
+            info["classes"] += "; test images are imbalanced: balanced accuracy and AUROC stand before the accuracy"
+    return info
+
+
+def _open_context(
+    backbone: BackboneWrapper, data: EvalData, config: EvaluateConfig, read_options: ReadOptions | None
+) -> EvalContext:
+    """Return the context of all protocols of a backbone or control, on images read with `read_options`; the caller closes it."""
+    memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
+    cache = CacheConfig(memory, config.out or Path(tempfile.gettempdir()), inference_batch_size(backbone.image_size))
+    kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)
+    log.info("--- %s: %s, %s px; 95 %% intervals in parentheses", backbone.name, kind, image_size)
+    data = data.read_as_trained(config, read_options)
+    warn_outside_range(data.test.images, backbone.channels)
+    return EvalContext(backbone, data, cache, config)
+
+
+def _run_control(
+    names: list[str], context: EvalContext, results: dict[str, dict[str, ProtocolResult]], info: dict[str, str]
+) -> None:
+    """Run those of the protocols that a control takes part in, with its own pooling; skip it with a warning if its features are too large."""
+    model = context.backbone.model
+    context.options = options_for(model, context.options)
+    num_bytes, memory = 4 * len(context.data.train) * context.num_features, context.cache.memory
+    if num_bytes > memory:
+        found = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
+        log.warning("control %s is skipped: its features of the training images take %s", context.backbone.name, found)
+        return
+    _run_protocols(protocols_for(model, names), context, results, info)
 
 
 def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:

@@ -95,7 +95,7 @@ class Trainer(Generic[M, R]):
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
         task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
 
-    def _auto_values(self, config: Any) -> dict[str, Any]:
+    def _auto_values(self, config: TrainerConfig) -> dict[str, Any]:
         """Return values for automatic options: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval` if None, `precision` if 'auto'.
 
         The learning rate is the task's `base_lr` at a batch of `base_batch_size`, and grows with the square root of the batch,
@@ -110,6 +110,7 @@ class Trainer(Generic[M, R]):
             Option name -> value, for the automatic options alone. `micro_batch_size` is per rank, `log_interval` is in steps.
         """
         task, batch_size, num_images = self.task, config.batch_size, len(self.task.indices)
+        assert batch_size is not None  # `task.build` resolved it
         if batch_size > num_images:
             log.warning(
                 f"{option('batch_size')} {batch_size:,} is more than the {pluralize(num_images, 'image')} to train on: every step takes all "
