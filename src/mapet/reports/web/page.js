@@ -59,7 +59,7 @@ function replaceContent(element, newest) {
 }
 
 navigation();
-const charts = new Charts(byId("curves"), DATA);
+const charts = new Charts(byId("content"), DATA);
 colorScheme(() => charts.recolor());
 for (const root of document.querySelectorAll(".step-through")) new StepThrough(DATA.runs[root.dataset.runIndex].steps, root);
 on(document, ".figure button", "click", (button) => button.setAttribute("aria-pressed", String(button.classList.toggle("large"))));
