@@ -147,8 +147,7 @@ def test_a_time_limit_needs_the_schedule_that_does_not_depend_on_the_number_of_s
 
 
 @pytest.mark.slow
-def test_run_keeps_to_its_time_and_its_steps_as_an_option_give_the_same_weights(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("mapet.training.plan.MIN_IMAGES_SEEN", 1000)
+def test_run_keeps_to_its_time_and_its_steps_as_an_option_give_the_same_weights(few_digits, tmp_path):
     out, time_limit = tmp_path / "timed", 3
     mapet.run(images=few_digits, out=out, time=time_limit, device="cpu")
     state = RunState.read(out)

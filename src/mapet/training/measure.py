@@ -64,8 +64,8 @@ def folder_facts(
 
 def measure_machine(
     images: ImageList, facts: FolderFacts, candidates: Sequence[Candidate], given: Given, device: str, budget: float
-) -> Timings:  # fmt: skip
-    """Time reading, teacher, training steps and controls on some of the images.
+) -> list[Timings]:  # fmt: skip
+    """Time reading, teacher, training steps and controls on some of the images, for each candidate.
 
     Candidates are timed from small to large until one would see too few images in the whole budget.
 
@@ -81,30 +81,39 @@ def measure_machine(
         MapetError: none of the images that are read is readable, or an option of model or teacher is wrong.
     """
     compute = ComputeContext.from_options(device, given.get("pretrain", {}).get("precision", "auto"))
-    fitting = {"teacher": DEFAULT_TEACHER, "channels": 1 if facts.gray else 3, **given.get("fit_tokenizer", {})}
-    on_gpu, cores = compute.device.type != "cpu", usable_cores()
-    training: list[float] = []
+    on_gpu = compute.device.type != "cpu"
+    machine = {
+        "probe": _time_probe(facts.num_classes), "flops": _measure_flops(compute), "precision": compute.precision, "on_gpu": on_gpu,
+        "num_processes": torch.cuda.device_count() if on_gpu else 1,
+    }  # fmt: skip
+    timings: list[Timings] = []
     for candidate in candidates:
-        if training and budget / training[-1] < candidate.tier.images_seen:
+        if timings and budget / timings[-1].training < candidate.tier.images_seen:
             break
-        sizes = {"image_size": candidate.image_size, "patch_size": candidate.patch_size}
-        options = build_config(FitTokenizerOptions, {**fitting, **sizes})
-        if not training:
-            teacher = make_teacher(options, compute.precision).to(compute.device)
-            batch, reading = _read_batch(images, candidate, options.channels, teacher, facts)
-            assert batch.teacher_images is not None
-            views = compute.to(batch.teacher_images)
-            if teacher.is_fitted_to_images:
-                teacher.fit(lambda: [views], len(views))  # noqa: B023, called at once
-            with torch.inference_mode():
-                feature_size = teacher(views[:1]).shape[1]
-                teaching = _time(lambda: teacher(views)) / len(views)  # noqa: B023, called at once
-        training.append(_time_training(candidate, options.channels, given.get("pretrain", {}), compute))
-    features = _time_controls(candidates[0], options.channels, compute) + 2 * training[0] / 3 + 2 * teaching
-    return Timings(
-        training, reading / max(1, min(cores, num_workers())), teaching, feature_size, features, _time_probe(facts.num_classes),
-        _measure_flops(compute), compute.precision, on_gpu, torch.cuda.device_count() if on_gpu else 1,
-    )  # fmt: skip
+        timings.append(_time_candidate(images, facts, candidate, given, compute, machine))
+    return timings
+
+
+def _time_candidate(
+    images: ImageList, facts: FolderFacts, candidate: Candidate, given: Given, compute: ComputeContext, machine: Mapping[str, Any]
+) -> Timings:  # fmt: skip
+    """Return what is timed with a candidate, beside what does not depend on it; see `measure_machine`."""
+    fitting = {"teacher": DEFAULT_TEACHER, "channels": 1 if facts.gray else 3, **given.get("fit_tokenizer", {})}
+    sizes = {"image_size": candidate.image_size, "patch_size": candidate.patch_size}
+    options = build_config(FitTokenizerOptions, {**fitting, **sizes})
+    teacher = make_teacher(options, compute.precision).to(compute.device)
+    batch, reading = _read_batch(images, candidate, options.channels, teacher)
+    assert batch.teacher_images is not None
+    views = compute.to(batch.teacher_images)
+    if teacher.is_fitted_to_images:
+        teacher.fit(lambda: [views], len(views))
+    with torch.inference_mode():
+        feature_size = teacher(views[:1]).shape[1]
+        teaching = _time(lambda: teacher(views)) / len(views)
+    training = _time_training(candidate, options.channels, given.get("pretrain", {}), compute)
+    features = _time_controls(candidate, options.channels, compute) + 2 * training / 3 + 2 * teaching
+    reading /= max(1, min(usable_cores(), num_workers()))
+    return Timings(training, reading, teaching, feature_size, features, **machine)
 
 
 def _time(function: Callable[[], Any]) -> float:
@@ -120,9 +129,7 @@ def _time(function: Callable[[], Any]) -> float:
     return seconds
 
 
-def _read_batch(
-    images: ImageList, candidate: Candidate, channels: int, teacher: Teacher, facts: FolderFacts
-) -> tuple[Batch, float]:
+def _read_batch(images: ImageList, candidate: Candidate, channels: int, teacher: Teacher) -> tuple[Batch, float]:
     """Read the views of images at equal distances in the list; return them and the seconds per image in this process."""
     dataset = ViewDataset(
         images, ViewSpec(image_size=candidate.image_size), channels, candidate.image_size, teacher.image_size

@@ -1,7 +1,7 @@
 """The plan of `run`: options that fit a folder and a machine to a time budget, and why. Pure: facts and timings in, options and reasons out."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,14 +36,16 @@ class Tier(NamedTuple):
 DEFAULT_TEACHER, DEFAULT_OBJECTIVE = "hog", "mim"
 """Tokens and objective where none are given."""
 TIERS = (
-    Tier("vit_tiny_patch16_224", {"embed_dim": 96, "depth": 4, "num_heads": 3}, 64, 8, 0, 1.5e-3, 0.0),
+    Tier("vit_tiny_patch16_224", {"embed_dim": 64, "depth": 3, "num_heads": 2}, 48, 6, 0, 2e-3, 0.0),
+    Tier("vit_tiny_patch16_224", {"embed_dim": 96, "depth": 4, "num_heads": 3}, 64, 8, 20_000, 1.5e-3, 0.0),
     Tier("vit_tiny_patch16_224", {"embed_dim": 192, "depth": 6, "num_heads": 3}, 96, 12, 1_000_000, 1e-3, 0.0),
     Tier("vit_tiny_patch16_224", {}, 112, 14, 3_000_000, 7.5e-4, 0.1),
     Tier("vit_small_patch16_224", {}, 224, 14, 10_000_000, None, 0.1),
     Tier("vit_base_patch16_224", {}, 224, 14, 50_000_000, None, 0.1),
 )
-MIN_IMAGES_SEEN, MIN_EPOCHS = 20_000, 2
-"""Training on fewer makes no sense: such a budget is refused."""
+MIN_IMAGES_SEEN, FEW_IMAGES_SEEN = 2_000, 20_000
+"""Images seen in training, with repetitions: of fewer than the first nothing is learned, and such a budget is refused; of fewer than the
+second little is, and the plan says so."""
 MIN_STEPS, MAX_BATCH_SIZE, MIN_BATCH_SIZE, LR_BATCH_SIZE = 800, 128, 16, 128
 """Steps that the batch size leaves, its limits, and the batch that `Tier.lr` is for."""
 EVALUATION_FRACTION, MAX_EVALUATION_FRACTION = 0.2, 0.25
@@ -95,10 +97,10 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """What was timed on this machine. Seconds are of all cores or the one device together, per image unless said otherwise.
+    """What was timed on this machine with a candidate. Seconds are of all cores or the one device together, per image unless said otherwise.
 
     Attributes:
-        training: of a training step, for the first candidates; later ones were not timed, as even the last timed one is too slow.
+        training: of a training step.
         reading: to read an image, with all cores; on a GPU this happens at the same time.
         teaching: of the teacher.
         feature_size: channels of the teacher's features.
@@ -111,7 +113,7 @@ class Timings:
         report: seconds of figures and report.
     """
 
-    training: Sequence[float]
+    training: float
     reading: float
     teaching: float
     feature_size: int
@@ -123,9 +125,10 @@ class Timings:
     num_processes: int = 1
     report: float = 20.0
 
-    def per_image(self, index: int) -> float:
-        """Return the seconds that training takes for an image with a candidate: reading adds to them on a CPU, and hides behind on a GPU."""
-        training = self.training[index] / self.num_processes
+    @property
+    def per_image(self) -> float:
+        """Seconds that training takes for an image: reading adds to them on a CPU, and hides behind on a GPU."""
+        training = self.training / self.num_processes
         return max(training, self.reading) if self.on_gpu else training + self.reading
 
 
@@ -204,14 +207,14 @@ def choose_input(
 
 
 def make_plan(
-    facts: FolderFacts, candidates: Sequence[Candidate], timings: Timings, budget: float, given: Given, spent: float = 0.0
+    facts: FolderFacts, candidates: Sequence[Candidate], timings: Sequence[Timings], budget: float, given: Given, spent: float = 0.0
 ) -> Plan:  # fmt: skip
     """Choose all options that are not given, for a time budget.
 
     Args:
         facts: on the images.
         candidates: from `list_candidates`.
-        timings: of this machine; those of `candidates` in their order.
+        timings: of this machine, with the first candidates; later ones were not timed, as even the last timed one is too slow.
         budget: seconds from the start of the command to its end.
         given: options that the user has given, which stay; with `pretrain.epochs` these decide how long training takes, not the budget.
         spent: seconds of the budget that are over.
@@ -219,8 +222,8 @@ def make_plan(
     Raises:
         MapetError: the budget is too short for anything that makes sense; the message has the least.
     """
-    timed = list(enumerate(candidates[: len(timings.training)]))
-    plans = [_plan_candidate(facts, candidate, index, timings, budget, given, spent) for index, candidate in timed]
+    timed = zip(candidates, timings, strict=False)
+    plans = [_plan_candidate(facts, candidate, own, budget, given, spent) for candidate, own in timed]
     chosen = 0
     for index, plan in enumerate(plans):
         images_seen = plan.epochs * facts.num_images
@@ -228,32 +231,58 @@ def make_plan(
             chosen = index
     plan, images_seen = plans[chosen], plans[chosen].epochs * facts.num_images
     if "epochs" not in given.get("pretrain", {}):
-        least_seen = max(MIN_IMAGES_SEEN, MIN_EPOCHS * facts.num_images)
-        if images_seen < least_seen:
-            minutes, least = budget / 60, plan
-            while least.epochs * facts.num_images < least_seen:
-                minutes = math.ceil(1.05 * minutes + 0.5)
-                least = _plan_candidate(facts, candidates[0], 0, timings, 60 * minutes, given, spent)
-            raise MapetError(
-                f"{option('time', f'{budget / 60:g}')} is too short for these images on this machine: the least pre-training that makes sense, "
-                f"{least_seen:,} images seen, takes {format_duration(least_seen * timings.per_image(0))}, the rest "
-                f"{format_duration(sum(least.costs.values()) - least.costs['pretrain'])}. Give {option('time', minutes)} or more, or fewer images",
-                field="time", value=budget / 60,
-            )  # fmt: skip
-        plan.reasons["pretrain.epochs"] = f"as many as fit: {1 / timings.per_image(chosen):,.0f} images/s were timed"
+        speed = f"{1 / timings[chosen].per_image:,.0f} images/s were timed"
+        plan.reasons["pretrain.epochs"] = f"as many as fit: {speed}"
+        if images_seen < FEW_IMAGES_SEEN:
+
+            def replan(minutes: float) -> Plan:
+                return _plan_candidate(facts, candidates[0], timings[0], 60 * minutes, given, spent)
+
+            if images_seen < MIN_IMAGES_SEEN:
+                raise _too_short(facts, budget, *_least_plan(facts, budget, MIN_IMAGES_SEEN, replan))
+            enough = _least_plan(facts, budget, FEW_IMAGES_SEEN, replan)[0]
+            few = f"{images_seen:,.0f} images seen are few, expect little of them; {FEW_IMAGES_SEEN:,} take {option('time', enough)}"
+            plan.reasons["pretrain.epochs"] += f". {few}"
     plan.reasons["pretrain.model"] = "as given"
     if len(candidates) > 1:
-        why = (
-            "the largest that sees enough images in this time"
-            if chosen
-            else "the smallest, as a larger one would see too few images"
+        needed = f"which needs {candidates[chosen].tier.images_seen:,} images seen and gets {images_seen:,.0f}"
+        plan.reasons["pretrain.model"] = (
+            f"the largest for this time, {needed}" if chosen else "the smallest: larger ones need more images seen"
         )
-        plan.reasons["pretrain.model"] = f"{why}: {images_seen:,.0f}, with repetitions"
     return plan
 
 
+def _least_plan(
+    facts: FolderFacts, budget: float, images_seen: int, replan: Callable[[float], Plan]
+) -> tuple[int, Plan]:
+    """Return the fewest minutes, to about 5 %, in which training sees so many images, and their plan.
+
+    Args:
+        facts: on the images.
+        budget: seconds that are too few.
+        images_seen: to reach, with repetitions.
+        replan: from minutes to a plan.
+    """
+    minutes = budget / 60
+    while True:
+        minutes = math.ceil(1.05 * minutes + 0.5)
+        plan = replan(minutes)
+        if plan.epochs * facts.num_images >= images_seen:
+            return minutes, plan
+
+
+def _too_short(facts: FolderFacts, budget: float, minutes: int, least: Plan) -> MapetError:
+    """Return the error of a budget, in seconds, that is too short, from the fewest minutes that are not and their plan."""
+    rest = format_duration(sum(least.costs.values()) - least.costs["pretrain"])
+    return MapetError(
+        f"{option('time', f'{budget / 60:g}')} is too short for these {facts.num_images:,} images on this machine: {MIN_IMAGES_SEEN:,} images "
+        f"seen, the fewest that anything is learned of, and {rest} for the rest take {option('time', minutes)}. Give that or more, or fewer images",
+        field="time", value=budget / 60,
+    )  # fmt: skip
+
+
 def _plan_candidate(
-    facts: FolderFacts, candidate: Candidate, index: int, timings: Timings, budget: float, given: Given, spent: float
+    facts: FolderFacts, candidate: Candidate, timings: Timings, budget: float, given: Given, spent: float
 ) -> Plan:  # fmt: skip
     """Return the plan with one candidate; see `make_plan`. Its `epochs` may be 0 or less if nothing is left for pre-training."""
     fitting, views = given.get("fit_tokenizer", {}), given.get("tokenize", {})
@@ -274,7 +303,7 @@ def _plan_candidate(
         "evaluate": evaluation,
         "report": timings.report,
     }
-    pretrain, per_image = given.get("pretrain", {}), timings.per_image(index)
+    pretrain, per_image = given.get("pretrain", {}), timings.per_image
     if "epochs" in pretrain:
         epochs = float(pretrain["epochs"])
         costs["pretrain"] = epochs * facts.num_images * per_image
