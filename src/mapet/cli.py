@@ -40,8 +40,8 @@ example:
   mapet COMMAND --help                    options, defaults and an example
   source <(mapet completion bash)         let the shell complete commands and options (or zsh, fish, ...)"""
 HEADINGS = {
-    "Data": "run bundle images test_images ood_images channels bands pages value_range max_unreadable views min_crop_scale num_views color_jitter "
-    "seg_masks test_seg_masks ignore_labels annotations test_annotations short_side streaming labels_per_class num_seeds",
+    "Data": "run bundle images test_images group_by ood_images channels bands pages value_range max_unreadable views min_crop_scale num_views "
+    "color_jitter seg_masks test_seg_masks ignore_labels annotations test_annotations short_side streaming labels_per_class num_seeds",
     "Model": "backbone model model_args image_size patch_size init_from from_scratch decoder_depth drop_path layer_scale_init pool layers "
     "format dtype",
     "Tokenizer": "tokenizer tokens trust_teacher sample teacher teacher_checkpoint teacher_image_size teacher_layer teacher_output "

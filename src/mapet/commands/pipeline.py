@@ -36,7 +36,7 @@ from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed
 from mapet.training.tasks.pretraining import check_model_config
 
 log = logging.getLogger("mapet")
-SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable")
+SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by")
 """Options of `run` that it hands to every stage which has them."""
 NUM_DEMO_TRAIN = 1437
 """The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
@@ -170,7 +170,7 @@ def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]
         "comparisons" (of the backbone against each other one), the fields of each `Verdict`; "data"; and "features", their pooling and
         layers.
     """
-    _, test = load_train_test(config.images, config.test_images)
+    _, test = load_train_test(config.images, config.test_images, config, config.group_by)
     test = test.sample(config.evaluation_images or len(test))
     untrained, pretrained, *controls = scores
     names = {untrained: "untrained", pretrained: "pretrained"}
@@ -266,7 +266,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
             LabeledSet.from_images(list_images(config.pretrain.probe_images))
     if config.test_images is not None and not evaluation.started:
         try:
-            load_train_test(config.images, config.test_images)
+            load_train_test(config.images, config.test_images, config, config.group_by)
         except MapetError as error:
             raise MapetError(
                 f"{error}. {option('test_images')} test a probe that is trained on the labels of {option('images')}: "

@@ -64,7 +64,7 @@ def find_labels(config: RunConfig) -> tuple[LabeledSet, LabeledSet] | None:
     """Return the training and test set of the evaluation; None if there are no labels."""
     if config.test_images is None and list_images(config.images, config).classes() is None:
         return None
-    return load_train_test(config.images, config.test_images, config)
+    return load_train_test(config.images, config.test_images, config, config.group_by)
 
 
 def check(config: RunConfig) -> DatasetStats:

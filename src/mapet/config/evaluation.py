@@ -13,8 +13,8 @@ Control = Literal["auto", "none", "pixels", "untrained", "hog", "kmeans", "teach
 
 
 class EvaluateConfig(
-    shared.ReadOptions, shared.FeatureOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions
-):
+    shared.ReadOptions, shared.FeatureOptions, shared.GroupOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions
+):  # fmt: skip
     """Options of `evaluate`."""
 
     file_only: ClassVar[frozenset[str]] = frozenset(
@@ -116,7 +116,7 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     """Fine-tuning runs, with `seed` and those after it, in OUT/seed-*; gives the mean accuracy and its interval (run.json)."""
 
 
-class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.TrainerConfig):
+class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.GroupOptions, shared.TrainerConfig):
     """Options of `finetune`."""
 
     backbone: shared.BackboneSource

@@ -81,7 +81,7 @@ def _class_folders(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")}
 
 
-class RunConfig(shared.ImageOptions, shared.JobOptions):
+class RunConfig(shared.ImageOptions, shared.GroupOptions, shared.JobOptions):
     """Options of `run` and `check`: where from and where to, how long, and a section of options for each stage.
 
     What is not given is chosen for the images, this machine and `time`. Of a folder with train/ and val/ or test/, `images` becomes train/

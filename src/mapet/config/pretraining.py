@@ -72,7 +72,9 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
         yield from super().problems()
 
 
-class PretrainConfig(PretrainOptions, shared.ImageOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions):  # fmt: skip
+class PretrainConfig(
+    PretrainOptions, shared.ImageOptions, shared.GroupOptions, shared.ViewOptions, shared.TrainerConfig, shared.TrustTeacherOptions
+):  # fmt: skip
     """Options of `pretrain`. Defaults are those of the released config (arXiv 2306.07346) unless the help says otherwise."""
 
     out: Path

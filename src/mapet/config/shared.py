@@ -1,6 +1,7 @@
 """Types of options, and the options that several commands share."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +135,32 @@ class ReadOptions(Config):
 
 AS_STORED = ReadOptions()
 """All bands of the only page, with 8-bit values as they are and the upper 8 of 16 bits."""
+
+
+def _check_group_by(value: int | str) -> int | str:
+    """Return a number of a folder, from 1, also as text, or a regular expression; raise ValueError for another."""
+    if isinstance(value, str) and not value.isdecimal():
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"must be a number of a folder, or a regular expression: {error}") from None
+        return value
+    if int(value) < 1:
+        raise ValueError("must be at least 1, the first folder of a path")
+    return int(value)
+
+
+GroupBy = Annotated[int | str, AfterValidator(_check_group_by)]
+"""Number of a folder in the path of an image, from 1, or a regular expression for the path."""
+
+
+class GroupOptions(Config):
+    """Splits into training and test images."""
+
+    group_by: GroupBy | None = None
+    """What images of one patient, volume or scene share, which then lie on one side of every split: the number of a folder in their paths
+    below the source (2: that in CLASS/PATIENT/image.png), or a regular expression whose first group is its name (patient(\\d+)); auto:
+    only files of equal bytes are kept together."""
 
 
 class ImageOptions(ReadOptions):

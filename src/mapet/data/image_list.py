@@ -150,6 +150,13 @@ class ImageList(Sequence[Path]):
             ImageDecodeError: with the reason why the image cannot be read.
         """
 
+    def digest(self, index: int) -> bytes:
+        """Return a hash of the image's bytes, by which exact duplicates are found; b'' if it cannot be read, or they do not tell."""
+        try:
+            return hashlib.blake2b(self.data(index), digest_size=16).digest()
+        except (OSError, ImageDecodeError):  # reported when it is used
+            return b""
+
     def file(self, index: int) -> ImageFile:
         """Return what `open_image` is given: the image's bytes, or its path if it is a file."""
         return self.data(index)
@@ -282,6 +289,9 @@ class ImagePages(ImageList):
 
     def data(self, index: int) -> bytes:
         return self.images.data(int(self.image_rows[self.rows[index]]))
+
+    def digest(self, index: int) -> bytes:
+        return b""  # pages of a file are no duplicates of each other
 
     def open(self, index: int, channels: int, page: int | None = None) -> LazyImage:
         row = self.rows[index]

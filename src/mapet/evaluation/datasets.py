@@ -14,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from tqdm import tqdm
 
-from mapet.config.shared import AS_STORED, ReadOptions
+from mapet.config.shared import AS_STORED, GroupBy, ReadOptions
+from mapet.data.groups import find_groups
 from mapet.data.image_list import ImageFiles, ImageList
 from mapet.data.readers.image import ImageFile, Orientation
 from mapet.data.readers.open import read_orientation
@@ -223,62 +224,108 @@ def _by_class(labels: Int[np.ndarray, " n"], num_classes: int, keys: Int[np.ndar
     return np.split(np.lexsort((keys, labels)), np.cumsum(np.bincount(labels, minlength=num_classes))[:-1])
 
 
-def heldout_mask(data: ImageSet) -> Bool[np.ndarray, " n"]:
+def heldout_mask(data: ImageSet, group_by: GroupBy | None = None) -> Bool[np.ndarray, " n"]:
     """Choose the images of the test set where none is given: for each image whether it is held out.
 
-    Of each class, the fraction `HELD_OUT` (20 %) with the smallest hashes of the image ids is held out, at least one image but of a
-    class of one image, which is left to train on. Images
-    without a class each, such as those with masks or boxes, count as one class. The choice is the same every time.
+    Of each class about the fraction `HELD_OUT` (20 %) is held out, the images with the smallest hashes of their ids, each with its whole
+    group (see `find_groups`): as many groups as fit into the fraction, at least one. A group without which a class would have no image
+    to train on is not held out. Images without a class each, such as those with masks or boxes, count as one class. The choice is the
+    same every time.
     """
-    mask = np.zeros(len(data), dtype=bool)
     # Without labels all images are of class 0; `_by_class` then returns empty arrays for the other classes.
     labels = data.labels if isinstance(data, LabeledSet) else np.zeros(len(data), np.int64)
-    for members in _by_class(labels, len(data.classes), data.images.keys()):
-        if len(members) > 1:
-            mask[members[: max(1, round(HELD_OUT * len(members)))]] = True
+    groups = find_groups([data.images], group_by)[0]
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    mask, left = np.zeros(len(data), dtype=bool), np.bincount(labels, minlength=len(data.classes))
+    held, targets = np.zeros_like(left), np.maximum(1, (HELD_OUT * left).round())
+
+    def count(group: int) -> Int[np.ndarray, " K"]:
+        return np.bincount(labels[members[group]], minlength=len(left))
+
+    def can_be_held_out(group: int) -> bool:
+        return not mask[members[group][0]] and bool((left > count(group))[count(group) > 0].all())
+
+    def hold_out(group: int) -> None:
+        nonlocal held, left
+        mask[members[group]], held, left = True, held + count(group), left - count(group)
+
+    for label, own in enumerate(_by_class(labels, len(data.classes), data.images.keys())):
+        for group in groups[own].tolist():
+            if held[label] >= targets[label]:
+                break
+            if held[label] + count(group)[label] <= targets[label] and can_be_held_out(group):
+                hold_out(group)
+        possible = [] if held[label] else [*filter(can_be_held_out, dict.fromkeys(groups[own].tolist()))]
+        if possible:  # all are larger than a fifth
+            hold_out(min(possible, key=lambda group: len(members[group])))
     return mask
 
 
-def split_train_test(data: AnyImageSet) -> tuple[AnyImageSet, AnyImageSet]:
+def split_train_test(data: AnyImageSet, group_by: GroupBy | None = None) -> tuple[AnyImageSet, AnyImageSet]:
     """Split a set into (training set, test set) by `heldout_mask`, which holds out a fifth: the same way every time.
 
     Raises:
-        MapetError: every class has one image at most, so that none is left to train on.
+        MapetError: every class has one image or group at most, so that none is left to train on.
     """
-    held_out = heldout_mask(data)
+    held_out = heldout_mask(data, group_by)
+    of = "image" if group_by is None else "group"
     if not held_out.any():
         root, fix = data.images.root, f"add images or give {option('test_images')}"
-        raise MapetError(f"{root}: no class has a second image, so no test set can be held out: {fix}")
-    if isinstance(data, LabeledSet) and (num_single := int((np.bincount(data.labels) == 1).sum())):
-        log.warning(
-            "%d of %d classes of %s have one image: it is trained on, and the class is not tested",
-            num_single, len(data.classes), data.images.root,
-        )  # fmt: skip
+        raise MapetError(f"{root}: no class has a second {of}, so no test set can be held out: {fix}")
+    if isinstance(data, LabeledSet):
+        untested = np.setdiff1d(data.labels, data.labels[held_out])
+        if len(untested):
+            log.warning(
+                "%d of %d classes of %s have one %s: it is trained on, and the class is not tested",
+                len(untested), len(data.classes), data.images.root, of,
+            )  # fmt: skip
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
 
 
-def _pair_or_split(sets: list[AnyImageSet], sources: Sequence[object]) -> tuple[AnyImageSet, AnyImageSet]:
-    """Return (training set, test set): the two items of `sets`, or the parts of its only item.
+def _drop_tested(train: AnyImageSet, test: AnyImageSet, group_by: GroupBy | None) -> AnyImageSet:
+    """Return the training set without images that are test images, too, or of their groups (see `find_groups`), with a warning.
+
+    Raises:
+        MapetError: none is left.
+    """
+    own, tested = find_groups([train.images, test.images], group_by)
+    is_tested = np.isin(own, tested)
+    if not is_tested.any():
+        return train
+    index = int(np.flatnonzero(is_tested)[0])
+    same = f"are test images{'' if group_by is None else ' or of their groups'}, too, e.g. {train.images.id(index)!r}"
+    found = f"{is_tested.sum():,} of {len(train):,} training images of {train.images.root} {same}"
+    if is_tested.all():
+        raise MapetError(f"{found}: give other {option('test_images')}, or omit them, and a fifth is held out")
+    log.warning("%s: they are not trained on", found)
+    return train.subset(np.flatnonzero(~is_tested))
+
+
+def _pair_or_split(
+    sets: list[AnyImageSet], sources: Sequence[object], group_by: GroupBy | None
+) -> tuple[AnyImageSet, AnyImageSet]:
+    """Return (training set, test set): the two items of `sets`, or the parts of its only item. No group is in both.
 
     Args:
         sets: the training set and, if the user gave one, the test set.
         sources: files or folders of the training and the test set, for the error.
+        group_by: option of this name.
 
     Raises:
-        MapetError: the two have different classes, or the only one has no class with a second image.
+        MapetError: the two have different classes, or nothing is left to train on.
     """
     if len(sets) == 1:
-        return split_train_test(sets[0])
+        return split_train_test(sets[0], group_by)
     train, test = sets
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
         wrong = f"{sources[0]} and {sources[1]} have different classes: only one of them has {odd}"
         raise MapetError(f"{wrong}; add these classes to the other, or remove them")
-    return train, test
+    return _drop_tested(train, test, group_by), test
 
 
 def load_train_test(
-    train: str | Path, test: str | Path | None, options: ReadOptions = AS_STORED
+    train: str | Path, test: str | Path | None, options: ReadOptions = AS_STORED, group_by: GroupBy | None = None
 ) -> tuple[LabeledSet, LabeledSet]:
     """List labeled training and test images; see `LabeledSet.from_images` for labels.
 
@@ -286,16 +333,17 @@ def load_train_test(
         train: source of the training images, e.g. a folder of class folders.
         test: source of the test images; None: a fifth of the training images is held out, the same one every time.
         options: how the images are read.
+        group_by: option of this name.
 
     Returns:
-        (training set, test set) with the same classes.
+        (training set, test set) with the same classes, and no group in both.
 
     Raises:
         MapetError: a source is missing or has no labels, the two have different classes, or there are too few images to split.
     """
     # Both are listed before labels are read, so that a missing folder is reported first.
     lists = [list_images(source, options) for source in (train, test) if source is not None]
-    return _pair_or_split([LabeledSet.from_images(images) for images in lists], (train, test))
+    return _pair_or_split([LabeledSet.from_images(images) for images in lists], (train, test), group_by)
 
 
 def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray, " m"]:
@@ -381,7 +429,11 @@ def _list_named_images(folder: Path, names: Sequence[str], source: Path) -> Imag
 
 
 def load_detection_sets(
-    images: Path, annotations: Path, test_images: Path | None, test_annotations: Path | None
+    images: Path,
+    annotations: Path,
+    test_images: Path | None,
+    test_annotations: Path | None,
+    group_by: GroupBy | None = None,
 ) -> tuple[DetectionSet, DetectionSet]:
     """Read (training images, test images) with boxes, in COCO's format.
 
@@ -390,6 +442,7 @@ def load_detection_sets(
         annotations: their COCO instances JSON.
         test_images: folder of the test images; None: `images`.
         test_annotations: COCO instances JSON of the test images; None: a fifth of the training images is held out for the test set.
+        group_by: option of this name.
 
     Returns:
         (training set, test set), with the same classes.
@@ -400,7 +453,7 @@ def load_detection_sets(
     """
     pairs = (annotations, images), (test_annotations, test_images or images)
     sets = [read_instances(path, folder) for path, folder in pairs if path is not None]
-    return _pair_or_split(sets, (annotations, test_annotations))
+    return _pair_or_split(sets, (annotations, test_annotations), group_by)
 
 
 def read_instances(annotations: Path, images: Path) -> DetectionSet:
@@ -475,7 +528,12 @@ def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
 
 
 def load_segmentation_sets(
-    images: Path, masks: Path | None, test_images: Path | None, test_masks: Path | None, ignore: Sequence[int] = ()
+    images: Path,
+    masks: Path | None,
+    test_images: Path | None,
+    test_masks: Path | None,
+    ignore: Sequence[int] = (),
+    group_by: GroupBy | None = None,
 ) -> tuple[SegmentationSet, SegmentationSet] | None:
     """Read (training images, test images) with masks; return None if `masks` is None and `images` has no masks in it.
 
@@ -492,6 +550,7 @@ def load_segmentation_sets(
         test_masks: folder or panoptic JSON, as `masks`; None: a fifth of the images is held out. Without training masks these are not
             read; the caller refuses them (`EvalData.load`).
         ignore: mask values without a class, beside `IGNORE_ID` (255); panoptic masks ignore neither.
+        group_by: option of this name.
 
     Returns:
         (training set, test set), with the same classes, or None. Images without a mask are excluded.
@@ -520,7 +579,7 @@ def load_segmentation_sets(
     if test_masks is not None:
         pairs.append((test_images or images, test_masks))
     sets = [_read_panoptic(*pair) for pair in pairs] if masks.suffix == ".json" else _read_masks(pairs, ignored)
-    return _pair_or_split(sets, (masks, test_masks))
+    return _pair_or_split(sets, (masks, test_masks), group_by)
 
 
 def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[SegmentationSet]:

@@ -235,11 +235,13 @@ class EvalData:
                 f"{classes}: {root} has none. Sort its images into such folders, or omit {option('ood_images')}"
             )
         if config.annotations is not None:
-            boxes = datasets.load_detection_sets(root, config.annotations, test_root, config.test_annotations)
+            boxes = datasets.load_detection_sets(
+                root, config.annotations, test_root, config.test_annotations, config.group_by
+            )
             train, test = (LabeledSet.without_labels(part.images) for part in boxes)
             return cls(train, test, boxes=boxes)
         masks = datasets.load_segmentation_sets(
-            root, config.seg_masks, test_root, config.test_seg_masks, config.ignore_labels
+            root, config.seg_masks, test_root, config.test_seg_masks, config.ignore_labels, config.group_by
         )
         if masks is not None:
             train, test = (LabeledSet.without_labels(part.images) for part in masks)
@@ -252,11 +254,11 @@ class EvalData:
             ood = {
                 name: LabeledSet.from_images(list_images(source, config)) for name, source in config.ood_images.items()
             }
-            train, test = datasets.load_train_test(config.images, config.test_images, config)
+            train, test = datasets.load_train_test(config.images, config.test_images, config, config.group_by)
             count = config.max_images or max(len(train), len(test))
             return cls(train.sample(count), test.sample(count), ood)
         if config.test_images is None:
-            return cls(*datasets.split_train_test(LabeledSet.without_labels(images)))
+            return cls(*datasets.split_train_test(LabeledSet.without_labels(images), config.group_by))
         return cls(
             LabeledSet.without_labels(images), LabeledSet.without_labels(list_images(config.test_images, config))
         )

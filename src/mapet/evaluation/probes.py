@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mapet.config.shared import DEFAULT_POOL, Pool
+from mapet.config.shared import DEFAULT_POOL, GroupBy, Pool
 from mapet.device import ComputeContext
 from mapet.errors import MapetError, option
 from mapet.evaluation.datasets import HELD_OUT, LabeledSet, split_train_test
@@ -448,15 +448,15 @@ def fit_attentive(
 # ---- while pre-training
 
 
-def sample_for_probe(data: LabeledSet) -> tuple[LabeledSet, LabeledSet]:
+def sample_for_probe(data: LabeledSet, group_by: GroupBy | None = None) -> tuple[LabeledSet, LabeledSet]:
     """Choose (training images, test images) for the probe during pre-training, at most `MAX_TRAIN` and `MAX_TEST`.
 
-    A fifth of the images is the test set. All choices are by hashes of the image ids: the same ones every time.
+    A fifth of the images is the test set, with whole groups by `group_by`. All choices are by hashes of the image ids: the same ones every time.
 
     Raises:
         MapetError: no class has a second image, so that no test set can be held out.
     """
-    train, test = split_train_test(data)
+    train, test = split_train_test(data, group_by)
     return train.sample(MAX_TRAIN), test.sample(MAX_TEST)
 
 

@@ -1,6 +1,5 @@
 """Similar images: nearest ones, exact and near duplicates, and outliers, by the cosine similarity of features on disk."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -137,12 +136,8 @@ def find_duplicates(images: ImageList, pairs: Pairs, min_similarity: float) -> l
         pairs: see `similar_pairs`.
         min_similarity: of near duplicates.
     """
-
-    @cache
-    def digest(image: int) -> bytes:
-        return hashlib.sha256(images.data(image)).digest()
-
-    exact = {(a, b): value >= 1 - ROUNDING and digest(a) == digest(b) for (a, b), value in pairs.items()}
+    digest = cache(images.digest)
+    exact = {(a, b): value >= 1 - ROUNDING and b"" != digest(a) == digest(b) for (a, b), value in pairs.items()}
     kept = sorted(pair for pair, value in pairs.items() if exact[pair] or value >= min_similarity)
     if not kept:
         return []

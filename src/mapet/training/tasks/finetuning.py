@@ -224,7 +224,7 @@ def _load_labeled_images(config: FinetuneConfig) -> tuple[LabeledSet, LabeledSet
     Raises:
         MapetError: there are no labels, or a class has too few images.
     """
-    train, test = load_train_test(config.images, config.test_images, config)
+    train, test = load_train_test(config.images, config.test_images, config, config.group_by)
     if config.labels_per_class:
         try:
             train = train.subset(few_shot_split(train, config.labels_per_class, config.seed))

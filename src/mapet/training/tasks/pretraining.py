@@ -235,7 +235,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
                 if config.probe_images is None
                 else list_as_trained(config.probe_images, config, images.read_options)
             )
-            self.probe_sets = sample_for_probe(LabeledSet.from_images(probe_images))
+            self.probe_sets = sample_for_probe(LabeledSet.from_images(probe_images), config.group_by)
         self.facts = {"tokenizer": tokenizer.description}
         if store:
             self.facts["views"] = {"kind": spec.kind, "min_scale": spec.min_scale, "number": store.num_views}
