@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from mapet.data.duplicates import Thumbnail, find_near_duplicates, make_thumbnail
+from mapet.data.groups import find_groups
 from mapet.data.image_list import ImageList
 from mapet.data.readers.image import DecodedImage, ImageDecodeError
 from mapet.errors import format_size, option, pluralize
@@ -25,6 +27,8 @@ PERCENTILES = 0.1, 99.9
 """Points of the values of a band that are the ends of its range."""
 MAX_OUTSIDE = 0.01
 """Fraction of an image's values that may lie outside the range it is read with."""
+NUM_NAMED, MAX_THUMBNAIL = 3, 1 / 4
+"""Duplicates and thumbnails that are named; and the largest short side of a thumbnail, as a fraction of the median one."""
 MIN_IMAGES = 100
 """Fewer images give a warning."""
 MASK_ENDING = re.compile(rb"(.+)([._-](?:masks?|seg|segmentation|gt))", re.IGNORECASE | re.DOTALL)
@@ -42,12 +46,16 @@ class ImageInfo(NamedTuple):
         mode: format and mode, e.g. 'JPEG RGB'.
         value_range: 0.1 % and 99.9 % points of its values, without nodata, if the upper 8 of 16 bits are read; None: they are not.
         gray: whether it is read as RGB and its three channels are the same.
+        row: index of the image in the list.
+        thumbnail: by which near duplicates are found.
     """
 
     size: tuple[int, int]
     mode: str
     value_range: tuple[int, int] | None
     gray: bool
+    row: int
+    thumbnail: Thumbnail
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,15 @@ class DatasetStats:
         images: the list.
         infos: of the readable images, in its order.
         unreadable: id -> reason, of the others.
+        equal: indices of the images of each group whose files have equal bytes.
+        alike: indices of each two images that are near duplicates, and not equal; None: too many look alike to tell.
     """
 
     images: ImageList = field(repr=False)
     infos: list[ImageInfo] = field(repr=False)
     unreadable: dict[str, str]
+    equal: list[list[int]] = field(repr=False)
+    alike: list[tuple[int, int]] | None = field(repr=False)
 
     @property
     def modes(self) -> Counter[str]:
@@ -91,9 +103,39 @@ class DatasetStats:
                 yield f"note: {note}"
             if all(info.gray for info in self.infos):
                 yield f"note: all are {ONE_CHANNEL}"
+        yield from self._duplicate_lines()
         yield f"unreadable: {len(self.unreadable):,}"
         for name, reason in self.unreadable.items():
             yield f"  {name!r}: {reason}"
+
+    def _duplicate_lines(self) -> Iterator[str]:
+        """Yield what is known of duplicates, with the first ones by name."""
+        if self.equal:
+            names = "; ".join(
+                " = ".join(repr(self.images.id(i)) for i in group[:3]) for group in self.equal[:NUM_NAMED]
+            )
+            count = sum(map(len, self.equal))
+            yield f"exact duplicates: {count:,} images, in {pluralize(len(self.equal), 'group')} that splits keep together: {names}"
+        if self.alike:
+            names = "; ".join(f"{self.images.id(a)!r} ~ {self.images.id(b)!r}" for a, b in self.alike[:NUM_NAMED])
+            fix = f"splits do not keep them together: remove one of each, or name their groups by {option('group_by')}"
+            yield f"near duplicates (resized, recompressed or brightened copies): {pluralize(len(self.alike), 'pair')}: {names}; {fix}"
+        elif self.alike is None:
+            yield "near duplicates: not looked for, as most images look alike"
+
+    def _class_warnings(self) -> Iterator[str]:
+        """Yield a warning if there is one class folder alone, or classes of one image."""
+        folders = {image_id.partition(b"/")[0] if b"/" in image_id else b"" for image_id in self.images.ids}
+        classes = self.images.classes()
+        if classes is None and len(folders) == 1 and b"" not in folders:
+            name = next(iter(folders)).decode(errors="backslashreplace")
+            fix = "give the folder that holds the class folders, or ignore this if there are no classes"
+            yield f"all images are in the folder {name!r} alone, which is no label: {fix}"
+        if classes is not None:
+            single = [name for name, count in zip(classes[0], np.bincount(classes[1]), strict=True) if count == 1]
+            if single:
+                names = ", ".join(single[:NUM_SHOWN]) + (", ..." if len(single) > NUM_SHOWN else "")
+                yield f"{pluralize(len(single), 'class')} of one image, which can be trained on or tested, not both: {names}"
 
     def warnings(self, image_size: tuple[int, int], max_unreadable: float) -> Iterator[str]:
         """Yield a warning for each reason why other commands would refuse these images, or learn little from them.
@@ -110,8 +152,22 @@ class DatasetStats:
             few_images_warning(len(self.infos)),
             upscaling_warning(self.infos, image_size),
             masks_warning(self.images),
+            self._thumbnail_warning(),
+            *self._class_warnings(),
         )
         yield from filter(None, warnings)
+
+    def _thumbnail_warning(self) -> str:
+        """Return a warning if a few images are much smaller than the others, else ''."""
+        sides = np.array([min(info.size) for info in self.infos] or [1])
+        small = np.flatnonzero(sides < MAX_THUMBNAIL * np.median(sides))
+        if not len(small):
+            return ""
+        names = ", ".join(repr(self.images.id(self.infos[place].row)) for place in small[:NUM_NAMED])
+        return (
+            f"{pluralize(len(small), 'image')} of less than a quarter of the median size, perhaps thumbnails or icons: {names}"
+            f"{', ...' if len(small) > NUM_NAMED else ''}: remove them if they are"
+        )
 
 
 def few_images_warning(count: int) -> str:
@@ -261,7 +317,16 @@ def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> Dat
         reading = pool.map(lambda index: _read_image_info(images, index, channels), range(len(images)))
         results = list(tqdm(reading, total=len(images), desc="check", unit="img", disable=None))
     unreadable = {images.id(index): reason for index, reason in enumerate(results) if isinstance(reason, str)}
-    return DatasetStats(images, [info for info in results if isinstance(info, ImageInfo)], unreadable)
+    infos = [info for info in results if isinstance(info, ImageInfo)]
+    near = find_near_duplicates([info.thumbnail for info in infos]) if infos else np.zeros((0, 2), np.int64)
+    [groups] = find_groups([images])
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    equal = sorted(group.tolist() for group in members if len(group) > 1)
+    alike = None
+    if near is not None:
+        pairs = [(infos[a].row, infos[b].row) for a, b in near.tolist()]
+        alike = [(a, b) for a, b in pairs if groups[a] != groups[b]]
+    return DatasetStats(images, infos, unreadable, equal, alike)
 
 
 def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo | str:
@@ -278,4 +343,4 @@ def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo 
         value_range = int(low), int(high)
     # Every 16th pixel is compared first: that is enough for most images in color.
     gray = len(pixels) == 3 and all(bool((part == part[:1]).all()) for part in (pixels[:, ::16, ::16], pixels))
-    return ImageInfo(image.size, image.kind, value_range, gray)
+    return ImageInfo(image.size, image.kind, value_range, gray, index, make_thumbnail(pixels))
