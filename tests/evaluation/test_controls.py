@@ -138,7 +138,7 @@ def test_what_is_planned(run_dir, few_digits, caplog):
         config = EvaluateConfig(backbone=names, images=few_digits, **options)
         return list(plan_controls(config, protocols, train, backbones))
 
-    image_controls = ["raw pixels", "HOG features", "k-means patch features"]
+    image_controls = ["k-means patch features", "HOG features", "raw pixels"]
     assert plan() == [*image_controls, f"random:{run_dir}", f"teacher of {run_dir}", f"tokens of {run_dir}"]
     assert plan(controls="none") == plan(("feature-rank",)) == []
     assert plan(("few-shot",)) == plan(("linear-sgd",)) == plan()
@@ -216,9 +216,9 @@ def test_controls_are_in_table_and_run_json(run_dir, tmp_path, caplog):
         backbone=str(run_dir), images=images, test_images=test_images, out=out, device="cpu", protocols=["knn", "feature-rank"],
     )  # fmt: skip
     names = [
-        "raw pixels",
-        "HOG features",
         "k-means patch features",
+        "HOG features",
+        "raw pixels",
         f"random:{run_dir}",
         f"teacher of {run_dir}",
         f"tokens of {run_dir}",

@@ -88,16 +88,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     controls = plan_controls(config, names, data.train, (load() for load in loaders.values()))
     info = _describe(config, data, compute)
     results: dict[str, dict[str, ProtocolResult]] = {}
+    first_started = time.monotonic()
     try:
         for load in loaders.values():
+            last_started = time.monotonic()
             backbone = load()
             with closing(_open_context(backbone, data, config, backbone.read_options)) as context:
                 _run_protocols(names, context, results, info)
-        started = time.monotonic()
         for name, load_control in controls.items():  # they read the images as the last backbone does
-            if time.monotonic() - started > 60 * (config.max_control_minutes or math.inf):
-                log.warning("control %s is skipped: the time for controls is over", name)
+            now = time.monotonic()
+            if 2 * now - last_started - first_started > 60 * (config.max_control_minutes or math.inf):
+                log.warning("control %s is skipped: there is no time left for it", name)
                 continue
+            last_started = now
             with closing(_open_context(load_control(), data, config, backbone.read_options)) as context:
                 _run_control(names, context, results, info)
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Commands made of others: the whole pipeline (`run`), the demo, and a study, a grid of pre-training runs that are compared."""
 
 import logging
+import math
 import shutil
 import time
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from mapet import commands, distributed
 from mapet.commands.command import AnyCommand, command_name
 from mapet.commands.planning import plan_run
 from mapet.config.base import Config, build_config, diff_configs, merge_options, read_config, write_config
+from mapet.config.evaluation import EvaluateConfig
 from mapet.config.pipeline import DemoConfig, RunConfig, StudyConfig
 from mapet.config.pretraining import PretrainConfig
 from mapet.config.tokenizers import FitTokenizerConfig
@@ -31,13 +33,15 @@ from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
 from mapet.studies.statistics import Trial
 from mapet.training.metrics import format_duration
-from mapet.training.plan import MAX_EVALUATION_FRACTION
+from mapet.training.plan import MAX_EVALUATION_FRACTION, MIN_EVALUATED
 from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed, restart_hint
 from mapet.training.tasks.pretraining import check_model_config
 
 log = logging.getLogger("mapet")
 SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by")
 """Options of `run` that it hands to every stage which has them."""
+MIN_CONTROL_MINUTES = 0.1
+"""Of an evaluation that has no time left: so that the backbone and the untrained network are evaluated at least."""
 NUM_DEMO_TRAIN = 1437
 """The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
 DEMO_CONFIG: dict[str, Any] = {
@@ -127,17 +131,29 @@ def _complete_config(config: RunConfig) -> RunConfig:
 
 
 def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
-    """Return the config of a stage, of pre-training whose epochs are not given with the epochs and the minutes that are left for it.
+    """Return the config of a stage, of a run whose epochs are not given fitted to the time that is left of the user's, as measured so far.
 
-    The time since the start of the run counts, also that of earlier sessions; what comes after pre-training is reserved as planned.
+    The time since the start of the run counts, also that of earlier sessions. Pre-training gets epochs and minutes; what comes after it is
+    reserved as planned. The evaluation gets as many images as the time allows if the machine is as much slower than planned as it was in
+    pre-training.
     """
     is_timed = "epochs" not in config.pretrain.model_fields_set and config.pretrain.schedule == "constant"
-    if stage.command is not commands.pretrain or stage.started or not is_timed:
+    if not is_timed or stage.started or stage.command not in (commands.pretrain, commands.evaluate):
         return stage.config
+    plan, seconds_left = RunState.read(config.out).results["plan"], 60 * config.time - elapsed_seconds(config.out)
+    costs = plan["costs"]
+    if isinstance(stage.config, EvaluateConfig):
+        trained = try_read_state(config.out / "pretrain")
+        epochs = read_config(config.out / "pretrain" / CONFIG_FILE)["epochs"]
+        slower = max(1.0, trained.seconds / costs["pretrain"] * plan["epochs"] / epochs if trained else 1.0)
+        part = min(1.0, (seconds_left / slower - costs["report"]) / costs["evaluate"])
+        count = max(MIN_EVALUATED, round(part * (stage.config.max_images or plan["evaluation_images"])))
+        limit = min(stage.config.max_control_minutes or math.inf, (seconds_left - slower * costs["report"]) / 60)
+        count, limit = distributed.all_gather_object((count, max(limit, MIN_CONTROL_MINUTES)))[0]
+        return stage.config.model_copy(update={"max_images": count, "max_control_minutes": limit})
     assert isinstance(stage.config, PretrainConfig)
-    plan = RunState.read(config.out).results["plan"]
-    seconds = max(1.0, 60 * config.time - elapsed_seconds(config.out) - plan["reserve"])
-    left = torch.tensor([seconds, plan["epochs"] * seconds / plan["costs"]["pretrain"]], dtype=torch.float64)
+    seconds = max(1.0, seconds_left - plan["reserve"])
+    left = torch.tensor([seconds, plan["epochs"] * seconds / costs["pretrain"]], dtype=torch.float64)
     seconds, epochs = distributed.broadcast(left).tolist()
     return stage.config.model_copy(
         update={"epochs": max(epochs, stage.config.warmup_epochs or 0.01), "max_minutes": seconds / 60}
@@ -170,12 +186,13 @@ def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]
         "comparisons" (of the backbone against each other one), the fields of each `Verdict`; "data"; and "features", their pooling and
         layers.
     """
+    evaluated = RunState.read(config.out / "evaluation")
     _, test = load_train_test(config.images, config.test_images, config, config.group_by)
-    test = test.sample(config.evaluation_images or len(test))
+    test = test.sample(evaluated.config["max_images"] or len(test))
     untrained, pretrained, *controls = scores
     names = {untrained: "untrained", pretrained: "pretrained"}
     names |= {name: name.removesuffix(f" of {pretrained}") for name in controls}
-    results = RunState.read(config.out / "evaluation").results
+    results = evaluated.results
 
     def rename(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return verdicts on the backbone, with the names of this summary."""

@@ -37,7 +37,8 @@ class EvaluateConfig(
     """Controls beside the backbones, by the protocols logistic and knn: pixels (raw), untrained (the same network), hog (features), kmeans
     (k-means patch features), teacher and tokens (of a run: its teacher's features, the bag of its tokens); none; or auto, all that there are."""
     max_control_minutes: PositiveFloat | None = None
-    """Minutes for controls: those that would start later are skipped with a warning; none: no limit."""
+    """Minutes from the start until all controls shall be measured, with a warning of those that are skipped: each is taken to last as long as
+    the one before; none: no limit."""
     max_images: PositiveInt | None = None
     """Labeled images of each set at most, those with the smallest hashes of their ids; none: all."""
     linear_epochs: PositiveInt = 100

@@ -181,8 +181,8 @@ def _to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
 
 Loader = Callable[[], BackboneWrapper]
 """Function that makes or loads a model; it is called when the model is evaluated, so that one is in memory at a time."""
-IMAGE_CONTROLS = {"pixels": "raw pixels", "hog": "HOG features", "kmeans": "k-means patch features"}
-"""Controls of the images alone: value of the option `controls` -> name in tables."""
+IMAGE_CONTROLS = {"kmeans": "k-means patch features", "hog": "HOG features", "pixels": "raw pixels"}
+"""Controls of the images alone, the best ones first: value of the option `controls` -> name in tables."""
 
 
 def plan_controls(
