@@ -120,10 +120,30 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "stopped by SIGINT: 0 of 2 trials are finished" in error and "Traceback" not in error
+    plan = error[error.index("plan: 2 trials") : error.index("fitting tokenizer")]  # first of all
+    assert plan.count(" x 5000 epochs at ") == 2 and "pre-training takes about" in plan
     assert list((metrics.parent / "checkpoints").glob("step-*/trainer_state.json"))
     assert RunState.read(metrics.parents[1]).status == RunState.read(metrics.parent).status == "stopped"
     text = (tmp_path / "study" / "report" / "report.csv").read_text()
     assert ",stopped," in text and ",not run," in text
+
+
+@pytest.mark.parametrize(("stop_signal", "status"), [("SIGTERM", "stopped"), ("", "failed")])
+def test_a_trial_that_ends_before_it_handles_signals_is_stopped_if_the_study_is(stop_signal, status, tmp_path):
+    RunState(command="trial", status="interrupted", resumes=-1).write(tmp_path)
+    trials._log_end(tmp_path, -signal.SIGTERM, stop_signal)
+    assert RunState.read(tmp_path).status == status
+
+
+@pytest.mark.parametrize(("given", "expected"), [("7", "7"), (None, "3")])
+def test_trials_have_the_threads_that_the_user_has_set(given, expected, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    started = {}
+    monkeypatch.setattr(trials.subprocess, "Popen", lambda *_, env, **__: started.update(env))
+    trials._start_process(tmp_path, "cpu", 3)
+    assert started["OMP_NUM_THREADS"] == expected
 
 
 def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monkeypatch):

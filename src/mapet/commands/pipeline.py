@@ -384,6 +384,8 @@ def study(config: StudyConfig) -> Path:
     write_config(config, config.out / CONFIG_FILE)
     broken, stop_signal = {}, ""
     if not config.report_only:
+        for line in trial_runs.describe_plan(config, trials, num_images):
+            log.info("%s", line)
         broken = trial_runs.make_tokenizers(config, {trial.tokenizer for trial in trials})
     trials = trial_runs.add_equal_compute(config, trials)  # the tokenizers are there now, so that all costs are known
     if not config.report_only:

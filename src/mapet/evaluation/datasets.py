@@ -285,8 +285,7 @@ def split_train_test(data: AnyImageSet, group_by: GroupBy | None = None) -> tupl
 def _drop_tested(train: AnyImageSet, test: AnyImageSet, group_by: GroupBy | None) -> AnyImageSet:
     """Return the training set without images that are test images, too, or of their groups (see `find_groups`), with a warning.
 
-    Raises:
-        MapetError: none is left.
+    Where none would be left, as of one folder given as both, all stay: the warning then says that accuracies are those of training images.
     """
     own, tested = find_groups([train.images, test.images], group_by)
     is_tested = np.isin(own, tested)
@@ -296,7 +295,9 @@ def _drop_tested(train: AnyImageSet, test: AnyImageSet, group_by: GroupBy | None
     same = f"are test images{'' if group_by is None else ' or of their groups'}, too, e.g. {train.images.id(index)!r}"
     found = f"{is_tested.sum():,} of {len(train):,} training images of {train.images.root} {same}"
     if is_tested.all():
-        raise MapetError(f"{found}: give other {option('test_images')}, or omit them, and a fifth is held out")
+        fix = f"give other {option('test_images')}, or omit them, and a fifth is held out"
+        log.warning("%s: accuracies are those of training images: %s", found, fix)
+        return train
     log.warning("%s: they are not trained on", found)
     return train.subset(np.flatnonzero(~is_tested))
 

@@ -25,7 +25,7 @@ from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
 from mapet.device import ComputeContext, usable_cores
-from mapet.errors import Interrupted, MapetError, did_you_mean, option
+from mapet.errors import Interrupted, MapetError, did_you_mean, option, pluralize
 from mapet.evaluation.datasets import load_train_test
 from mapet.evaluation.features import RANDOM_PREFIX, BackboneWrapper, CacheConfig, FeatureCache
 from mapet.evaluation.imbalance import METRIC_NAMES
@@ -37,6 +37,8 @@ from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, f
 from mapet.tokenizers.stages import fit_tokenizer, tokenize
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.flops import flops_per_image
+from mapet.training.measure import time_training
+from mapet.training.metrics import format_duration
 from mapet.training.tasks.finetuning import FinetuningTask
 from mapet.training.tasks.pretraining import PretrainingTask
 from mapet.training.trainer import Trainer
@@ -269,6 +271,38 @@ def _check_unchanged(folder: Path, changed: list[str]) -> None:
 # ---- running
 
 
+def describe_plan(config: StudyConfig, trials: list[Trial], num_images: int) -> list[str]:
+    """Return the lines of what a study will run: trials and the hours of their pre-training, by a timed step of each kind of trial.
+
+    Args:
+        config: of the study.
+        trials: at equal epochs; finished ones cost nothing.
+        num_images: number of training images.
+    """
+    compute = ComputeContext.from_options(config.devices[0], config.pretrain.precision)
+    waiting = [trial for trial in trials if not is_finished(trial_folder(config, trial))]
+    lines, total = [], 0.0
+    for condition, own in itertools.groupby(sorted(waiting, key=_condition_name), key=_condition_name):
+        same = list(own)
+        training, fitting = pretrain_config(config, same[0]), tokenizer_configs(config, same[0].tokenizer)[0]
+        seconds = time_training(training, fitting.image_size, fitting.patch_size, fitting.channels, compute)
+        hours = len(same) * training.epochs * num_images * seconds / 3600
+        total += hours
+        lines.append(
+            f"  {condition}: {len(same)} x {training.epochs:g} epochs at {1 / seconds:,.0f} images/s, {format_duration(3600 * hours)}"
+        )
+    per_device = total / len(set(config.devices))
+    tokenizers, devices = sorted({trial.tokenizer for trial in trials}), pluralize(len(set(config.devices)), "device")
+    more = "runs at equal compute, " if config.equal_compute else ""
+    head = f"plan: {pluralize(len(trials), 'trial')}, {len(waiting)} to run, {pluralize(len(tokenizers), 'tokenizer')}, {num_images:,} images"
+    cost = f"  pre-training takes about {format_duration(3600 * per_device)} on {devices}; {more}probes and fine-tuning come on top"
+    return [head, *lines, *([cost] if waiting else [])]
+
+
+def _condition_name(trial: Trial) -> str:
+    return format_condition(trial.condition(""))
+
+
 def make_tokenizers(config: StudyConfig, names: set[str]) -> dict[str, str]:
     """Fit tokenizers and store their tokens, where that is not done yet.
 
@@ -363,7 +397,7 @@ def run_trials(config: StudyConfig, trials: list[Trial], broken: dict[str, str],
                     running.remove((device, folder, process))
                     free_devices.append(device)
                     bar.update()
-                    _log_end(folder, process.returncode)
+                    _log_end(folder, process.returncode, stop.signal_name)
     return stop.signal_name
 
 
@@ -375,7 +409,7 @@ def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Po
     Args:
         folder: of the trial, with its config.yaml.
         device: that it trains on, e.g. 'cuda:0'.
-        num_threads: CPU threads of its OpenMP libraries, PyTorch and scikit-learn.
+        num_threads: CPU threads of its OpenMP libraries, PyTorch and scikit-learn, unless the user has set OMP_NUM_THREADS.
     """
     if try_read_state(folder) is None:  # marks the folder as the trial's, whose process resumes it for the 0th time
         RunState(command="trial", status="interrupted", resumes=-1).write(folder)
@@ -384,23 +418,27 @@ def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Po
         return subprocess.Popen(
             [sys.executable, "-c", code, str(folder), device],
             stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(num_threads)},  # scikit-learn's threads too compete for the cores
+            env={"OMP_NUM_THREADS": str(num_threads)} | os.environ,  # scikit-learn's threads too compete for the cores
         )  # fmt: skip
 
 
-def _log_end(folder: Path, exit_status: int) -> None:
+def _log_end(folder: Path, exit_status: int, stop_signal: str) -> None:
     """Log how a trial ended, from its run.json: the scores of a finished one, a warning for a failed one, nothing for a stopped one.
 
-    One whose process died before it wrote its end is recorded as failed; the next call of `run_trials` resumes it.
+    One whose process died before it wrote its end is recorded as failed, or as stopped if the study was; the next call of `run_trials`
+    resumes it.
 
     Args:
         folder: of the trial, whose process has ended.
         exit_status: of the process; negative for the signal that killed it.
+        stop_signal: that stopped the study, or ''.
     """
     state = try_read_state(folder) or RunState(command="trial", status="interrupted")
     if state.status == "interrupted":
         end = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
         state.status, state.reason = "failed", f"its process ended with {end}; see {folder / 'trial.log'}"
+        if stop_signal:  # before the process could handle it
+            state.status, state.reason = "stopped", f"stopped by {stop_signal}"
         state.write(folder)
     if state.status == "finished":
         scores = state.results["scores"].items()

@@ -110,7 +110,13 @@ def _time_candidate(
     with torch.inference_mode():
         feature_size = teacher(views[:1]).shape[1]
         teaching = _time(lambda: teacher(views)) / len(views)
-    training = _time_training(candidate, options.channels, given.get("pretrain", {}), compute)
+    tier = candidate.tier
+    chosen = {"model": tier.model, "model_args": dict(tier.model_args), "drop_path": tier.drop_path}
+    paths = {"images": "images", "tokenizer": "tokenizer", "out": "out"}  # not read here
+    config = build_config(
+        PretrainConfig, {"objective": DEFAULT_OBJECTIVE, **chosen, **given.get("pretrain", {}), **paths}
+    )
+    training = time_training(config, candidate.image_size, candidate.patch_size, options.channels, compute)
     features = _time_controls(candidate, options.channels, compute) + 2 * training / 3 + 2 * teaching
     reading /= max(1, min(usable_cores(), num_workers()))
     return Timings(training, reading, teaching, feature_size, features, **machine)
@@ -144,19 +150,15 @@ def _read_batch(images: ImageList, candidate: Candidate, channels: int, teacher:
     return batch, (time.perf_counter() - started) / NUM_TIMED
 
 
-def _time_training(candidate: Candidate, channels: int, given: Mapping[str, Any], compute: ComputeContext) -> float:
-    """Return the seconds per image of a training step of a candidate, with given options of `pretrain`, on random pixels."""
-    tier = candidate.tier
-    chosen = {"model": tier.model, "model_args": dict(tier.model_args), "drop_path": tier.drop_path}
-    paths = {"images": "images", "tokenizer": "tokenizer", "out": "out"}  # not read here
-    config = build_config(PretrainConfig, {"objective": DEFAULT_OBJECTIVE, **chosen, **given, **paths})
-    model = prepare_for_device(
-        build_model_for(config, candidate.image_size, candidate.patch_size, channels, vocab_size=512, feature_size=512),
-        compute,
-    )
+def time_training(
+    config: PretrainConfig, image_size: tuple[int, int], patch_size: int, channels: int, compute: ComputeContext
+) -> float:
+    """Return the seconds per image of a training step with these options, on random pixels; of its paths none is read."""
+    model = build_model_for(config, image_size, patch_size, channels, vocab_size=512, feature_size=512)
+    model = prepare_for_device(model, compute)
     num_patches, seconds = model.num_patches, 0.0
     for count in TIMED_BATCHES:
-        pixels = torch.randint(256, (count, channels, *candidate.image_size), dtype=torch.uint8)
+        pixels = torch.randint(256, (count, channels, *image_size), dtype=torch.uint8)
         shape = (count, num_patches) if model.target == "tokens" else (count, num_patches, model.head.out_features)
         targets = torch.zeros(shape, dtype=torch.int64 if model.target == "tokens" else torch.float32)
         permutation = torch.stack([torch.randperm(num_patches) for _ in range(count)])
