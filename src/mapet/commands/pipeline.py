@@ -40,8 +40,8 @@ from mapet.training.tasks.pretraining import check_model_config
 log = logging.getLogger("mapet")
 SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by")
 """Options of `run` that it hands to every stage which has them."""
-MIN_CONTROL_MINUTES = 0.1
-"""Of an evaluation that has no time left: so that the backbone and the untrained network are evaluated at least."""
+MIN_CONTROL_MINUTES, MAX_OVERRUN = 0.1, 0.1
+"""For controls where no time is left; and the fraction of the time that a run takes longer rather than skip controls of its verdict."""
 NUM_DEMO_TRAIN = 1437
 """The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
 DEMO_CONFIG: dict[str, Any] = {
@@ -135,7 +135,7 @@ def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
 
     The time since the start of the run counts, also that of earlier sessions. Pre-training gets epochs and minutes; what comes after it is
     reserved as planned. The evaluation gets as many images as the time allows if the machine is as much slower than planned as it was in
-    pre-training.
+    pre-training, and a time after which controls are skipped.
     """
     is_timed = "epochs" not in config.pretrain.model_fields_set and config.pretrain.schedule == "constant"
     if not is_timed or stage.started or stage.command not in (commands.pretrain, commands.evaluate):
@@ -148,7 +148,8 @@ def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
         slower = max(1.0, trained.seconds / costs["pretrain"] * plan["epochs"] / epochs if trained else 1.0)
         part = min(1.0, (seconds_left / slower - costs["report"]) / costs["evaluate"])
         count = max(MIN_EVALUATED, round(part * (stage.config.max_images or plan["evaluation_images"])))
-        limit = min(stage.config.max_control_minutes or math.inf, (seconds_left - slower * costs["report"]) / 60)
+        late = seconds_left + MAX_OVERRUN * 60 * config.time - slower * costs["report"]
+        limit = min(stage.config.max_control_minutes or math.inf, late / 60)
         count, limit = distributed.all_gather_object((count, max(limit, MIN_CONTROL_MINUTES)))[0]
         return stage.config.model_copy(update={"max_images": count, "max_control_minutes": limit})
     assert isinstance(stage.config, PretrainConfig)

@@ -12,7 +12,7 @@ from mapet.run_state import elapsed_seconds, record, try_read_state
 from mapet.training.step import ConstantLRScheduler
 
 log = logging.getLogger("mapet")
-CHECK_AT = (0.05, 0.3, 0.7)
+CHECK_AT = (0.05, 0.4, 0.75)
 """Fractions of the budget after which the number of steps is compared with the measured speed. The last is before the learning rate
 falls, from when on it depends on the number of steps."""
 MIN_MEASURED = 3
