@@ -24,7 +24,7 @@ from benchmarks.core import ROOT, save, timed
 
 NAMES = (
     "training_step", "step_scaling", "flops", "data_loading", "image_lists", "tokenizer", "start_up", "probe_memory", "demo", "cifar10", "study",
-    "comparison", "pooling", "controls", "objectives", "variants", "cae", "predict", "gpu", "gpu_study", "gpu_data",
+    "comparison", "pooling", "controls", "objectives", "variants", "cae", "predict", "verdict", "gpu", "gpu_study", "gpu_data",
 )  # fmt: skip
 SPEED = {
     "training_step": "--device cpu",

@@ -68,11 +68,11 @@ def test_what_is_there_under_a_name_is_no_pattern(tmp_path, name):
 
 
 def write_images(root, *names: bytes) -> None:
-    for name in names:
+    for index, name in enumerate(names):
         path = os.path.join(os.fsencode(root), name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
-            Image.new("RGB", (8, 8)).save(file, "png")
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(file, "png")
 
 
 def test_class_names_of_any_encoding_and_unicode_form(tmp_path):

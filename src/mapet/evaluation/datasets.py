@@ -271,7 +271,7 @@ def split_train_test(data: AnyImageSet, group_by: GroupBy | None = None) -> tupl
     of = "image" if group_by is None else "group"
     if not held_out.any():
         root, fix = data.images.root, f"add images or give {option('test_images')}"
-        raise MapetError(f"{root}: no class has a second {of}, so no test set can be held out: {fix}")
+        raise MapetError(f"{root}: no class has a second {of} of other content, so no test set can be held out: {fix}")
     if isinstance(data, LabeledSet):
         untested = np.setdiff1d(data.labels, data.labels[held_out])
         if len(untested):
