@@ -33,6 +33,7 @@ from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.probes import online_probe, sample_for_probe
 from mapet.models.backbone import load_backbone
 from mapet.models.objectives import OBJECTIVES
+from mapet.reports.render import format_number
 from mapet.reports.run import RunFiles
 from mapet.run_state import RunState
 from mapet.tokenizers.tokenizer import load_tokenizer
@@ -464,7 +465,15 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch, 
     assert recorded["sentence"] in text and recorded["sentence"] in caplog.text
     assert f"linear probe {evaluation['pretrained']['logistic']:.3f} on 360 test images" in recorded["sentence"]
     assert {row[0] for row in recorded["table"][2:]} == everything.keys()
-    assert "(held-out part of the training images)" not in text  # one number of each probe
+    # One number of each probe: the same in the terminal and run.json (above), the report and the model card.
+    assert "(held-out part of the training images)" not in text
+    mapet.export(backbone=str(tmp_path / "run"), out=tmp_path / "export")
+    card = (tmp_path / "export" / "README.md").read_text()
+    for name in ("logistic", "knn"):
+        number = format_number(evaluation["pretrained"][name])
+        assert re.findall(rf">{name}, pretrained</th><td>([^<]*)<", text) == [number]
+        assert re.findall(rf"pretrained, {name} \| (\S+) \|", card) == [number]
+        assert f"probe/{name}" not in card
     sets, compute = (
         sample_for_probe(LabeledSet.from_images(list_images(few_digits))),
         ComputeContext.from_options("cpu"),
