@@ -565,3 +565,23 @@ def test_hugging_face_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with refused("[datasets]"):
         list_images("hf:any")
+
+
+def test_patterns_match_files_and_folders(tmp_path):
+    for name in ("north/cat/1.png", "north/dog/2.png", "south/cat/1.png", "east/cat/9.png", "north/notes.txt"):
+        path = tmp_path / "sites" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(path, "png")
+    sites = tmp_path / "sites"
+    files = list_images(f"{sites}/*/cat/*.png")
+    assert list(files.ids) == [b"east/cat/9.png", b"north/cat/1.png", b"south/cat/1.png"] and files[0].is_file()
+    folders = list_images(f"{sites}/*th")
+    assert list(folders.ids) == [b"north/cat/1.png", b"north/dog/2.png", b"south/cat/1.png"]
+    names, labels = folders.classes()
+    assert names == ["cat", "dog"] and labels.tolist() == [0, 1, 0]
+    assert len(list_images(f"{sites}/**/1.png")) == 2 and len(list_images(f"{sites}/**")) == 4
+    with refused("west*"):
+        list_images(f"{sites}/west*")
+    (tmp_path / "a [1]").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "a [1]" / "x.png")
+    assert list(list_images(tmp_path / "a [1]").ids) == [b"x.png"]  # a name, not a pattern

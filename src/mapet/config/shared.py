@@ -167,7 +167,8 @@ class ImageOptions(ReadOptions):
     """Images, labeled or not."""
 
     images: Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    """Folder of images, pattern of files or folders in quotes ('site*/slices'), text file of paths, .tar shards (also by URL), or
+    hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
 
 
 class InputOptions(Config):

@@ -1,6 +1,8 @@
 """List the images of any source: a folder, a text file of paths, tar shards, prepared images, a Hugging Face data set."""
 
+import glob
 import heapq
+import itertools
 import os
 import re
 import stat
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from mapet.config.shared import AS_STORED, HF_PREFIX, ReadOptions, is_url
 from mapet.data.hugging_face import HFImageList
-from mapet.data.image_list import ImageFiles, ImageList, split_pages
+from mapet.data.image_list import ImageFiles, ImageList, PackedStrings, labels_from_texts, split_pages
 from mapet.data.prepared import IDS, PreparedDataset
 from mapet.data.readers.open import EXTENSIONS, is_image_name
 from mapet.data.tar_shards import TarImageList
@@ -29,6 +31,7 @@ def list_images(source: str | Path, options: ReadOptions = AS_STORED) -> ImageLi
                 regular file are ignored. Symbolic links are followed, also out of the folder; a folder that several of them lead to
                 comes once, so loops end.
             image file: the only one.
+            pattern with *, ?, [...] or **: the image files that it matches, and those in the folders that it matches.
             text file: names one image on each line, relative to the file's own folder or absolute.
         options: how the files are read, e.g. the config of a command; prepared images are read already.
 
@@ -99,7 +102,32 @@ def _list_source(source: str | Path) -> ImageList:
     if path.is_file():
         return _read_list(path)
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
+    if glob.has_magic(text):
+        if len(files := _match_pattern(text)):
+            return files
+        raise MapetError(f"{text} matches no image and no folder of images{where}: correct the pattern")
     raise MapetError(f"{path} does not exist{where}: give a folder of images, a list of paths, .tar shards or hf:NAME")
+
+
+def _match_pattern(pattern: str) -> ImageFiles:
+    """List the image files that a pattern matches, and those in matching folders; ids are paths below the folder before the first wildcard.
+
+    If each image is in a folder that lies in a matching one, as CLASS in SITE/CLASS/image.jpg for SITE*, that is its class.
+    """
+    parts = itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)
+    root, found, classes = Path(*parts), dict[bytes, int](), dict[bytes, bytes]()
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        below = os.fsencode(os.path.relpath(match, root))
+        if os.path.isdir(match):
+            files = _scan_folder(Path(match))
+            for own, size in zip(files.ids, files.file_sizes.tolist(), strict=True):
+                name = os.path.normpath(os.path.join(below, own))
+                found[name], classes[name] = size, own[: max(0, own.find(b"/"))]
+        elif is_image_name(match) and os.path.isfile(match):
+            found.setdefault(below, os.path.getsize(match))
+    ids = sorted(found)
+    labels = labels_from_texts(PackedStrings.from_strings(classes.get(name, b"") for name in ids))
+    return ImageFiles(root, ids, [found[name] for name in ids], labels)
 
 
 def _scan_folder(root: Path) -> ImageFiles:
