@@ -5,8 +5,8 @@
 It needs PyTorch and timm; the JSON is written after every run. Images and tokens (k-means of 4 px patches) stay on the device. The
 training is mapet's: model, loss, optimizer, schedule, gradient, color jitter as in the release; bfloat16, and compiled where mapet would.
 Frozen features (mean of the patches after the final norm) are standardized, and scored by weighted 20-NN and by logistic regression.
-mapet's linear probe needs scikit-learn, so it is not used here: C is of the same candidates, the smallest within one standard error of
-the best on a tenth of the training images. The untrained ViT of each seed is scored too.
+mapet's linear probe needs scikit-learn, so it is not used here: C is of the same candidates and chosen by the same rule, the smallest
+within one standard error of the best, but on a tenth of the training images. The untrained ViT of each seed is scored too.
 """
 
 import argparse

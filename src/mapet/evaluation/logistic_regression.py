@@ -123,9 +123,9 @@ def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float
         targets: class index of each row, 0 to K - 1, each class at least once.
 
     Returns:
-        (the C of the highest mean accuracy over the folds, the smallest one of several, as scikit-learn's LogisticRegressionCV chooses;
-        the mean over the folds of the parameters fitted with this C, from which a fit on all rows can start, R + 1 rows as in
-        `minimize_loss`)
+        (the smallest C whose mean accuracy over the folds is within one standard error of the best one's, see
+        `one_standard_error_rule`; the mean over the folds of the parameters fitted with this C, from which a fit on all rows can start,
+        R + 1 rows as in `minimize_loss`)
     """
     is_test = torch.zeros(len(targets), NUM_FOLDS, dtype=torch.bool)
     with warnings.catch_warnings():
@@ -140,9 +140,23 @@ def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float
         correct = (predicted == targets[:, None]) & is_test
         accuracies.append((correct.sum(0) / is_test.sum(0)).tolist())
         means.append(params.mean(1, keepdim=True))
-    # Not the smallest C within one standard error: of a few hundred images it was up to 6 points worse, by chance of one backbone only.
-    chosen = int(np.mean(accuracies, axis=1).argmax())
+    chosen = one_standard_error_rule(accuracies)
     return C_CANDIDATES[chosen], means[chosen]
+
+
+def one_standard_error_rule(scores: Sequence[Sequence[float]]) -> int:
+    """Return the index of the first candidate whose mean score is within one standard error of the best candidate's.
+
+    The standard error is that of the best candidate's mean over folds (Hastie, Tibshirani and Friedman, The Elements of Statistical
+    Learning, section 7.10). Without this rule noise of the scores may choose too weak a penalty.
+
+    Args:
+        scores: for each candidate, strongest regularization first, the scores of two or more folds.
+    """
+    means = np.mean(scores, axis=1)
+    best = int(means.argmax())
+    error = np.std(scores[best], ddof=1) / len(scores[best]) ** 0.5
+    return int(np.flatnonzero(means >= means[best] - error)[0])
 
 
 def rotate(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n R"], Float[Tensor, "D R"] | None]:

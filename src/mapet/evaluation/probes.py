@@ -231,8 +231,7 @@ def hold_out(labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
 def choose_rate(accuracies: Sequence[float], num_images: int) -> int:
     """Return the index of the first accuracy that is within one standard error, sqrt(p (1 - p) / n), of the best one, p.
 
-    It is the one-standard-error rule (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, section 7.10) for a single
-    held-out set: without it noise of the accuracies may choose too large a rate.
+    It is the one-standard-error rule (see `one_standard_error_rule`) for a single held-out set.
 
     Args:
         accuracies: by learning rate in ascending order, on the n = `num_images` held-out images; -inf if its training has diverged.
