@@ -110,13 +110,13 @@ def machine() -> Row:
 
 
 def installed_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

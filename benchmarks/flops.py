@@ -14,7 +14,7 @@ from benchmarks.tables import Table, load_rows
 
 @dataclass(frozen=True)
 class Shape:
-    """A ViT and its input, in the letters of the paper: N patches, c context, V words, D wide."""
+    """A ViT and its input, in the letters of the paper: N patches, c context, V codes, width D."""
 
     width: int
     depth: int

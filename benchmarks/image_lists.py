@@ -44,8 +44,8 @@ def shards(count: int) -> list[Row]:
         pattern = f"{temporary}/*.tar"
         rows = []
         for name in ("first listing, from headers, one process", "later listings, from the index"):
-            seconds, kept, peak = in_new_process(listing, pattern)
-            rows.append(cost(name, count, seconds, kept, peak))
+            seconds, retained, peak = in_new_process(listing, pattern)
+            rows.append(cost(name, count, seconds, retained, peak))
         on_disk = sum(path.stat().st_size for path in Path(temporary).glob("mapet/shards/*"))
         images = TarImageList(pattern)
         chosen = np.random.default_rng(0).integers(count, size=10_000).tolist()
@@ -70,8 +70,8 @@ def folder(count: int) -> list[Row]:
             if index < 1000:
                 path.parent.mkdir()
             path.touch()
-        seconds, kept, peak = in_new_process(listing, temporary)
-        rows = [cost("scan of a folder", count, seconds, kept, peak)]
+        seconds, retained, peak = in_new_process(listing, temporary)
+        rows = [cost("scan of a folder", count, seconds, retained, peak)]
         images = list_images(Path(temporary))
         works: dict[str, Callable[[], Any]] = {
             "subset of half": lambda: images.subset(np.arange(0, len(images), 2)),
@@ -81,11 +81,11 @@ def folder(count: int) -> list[Row]:
 
 
 def cost(
-    what: str, count: int, seconds: float | None = None, kept: float | None = None, peak: float | None = None
+    what: str, count: int, seconds: float | None = None, retained: float | None = None, peak: float | None = None
 ) -> Row:
     """Row for a list of `count` images: seconds, bytes that are kept, bytes at most; all as of a million."""
     scale = 1e6 / count
-    row = {"what": what, "seconds": seconds, "MB": kept and kept / 1e6, "peak_MB": peak and peak / 1e6}
+    row = {"what": what, "seconds": seconds, "MB": retained and retained / 1e6, "peak_MB": peak and peak / 1e6}
     return {key: value * scale if isinstance(value, float) else value for key, value in row.items()}
 
 

@@ -77,7 +77,7 @@ def measure(name: str, options: dict[str, object]) -> tuple[float, int]:
 def kill_and_resume(folder: Path, options: dict[str, str], seconds: float) -> bool:
     """Kill `predict` so many seconds after its first batch was computed, resume it, and compare the file with that of before."""
     argv = [sys.executable, "-m", "mapet", "predict", "--out", str(folder / "parts.csv")]
-    argv += [word for name, value in options.items() for word in (f"--{name}", value)]
+    argv += [arg for name, value in options.items() for arg in (f"--{name}", value)]
     process = subprocess.Popen(argv)
     while process.poll() is None and not (folder / ".parts.csv.partial" / "features.npy").exists():
         time.sleep(0.01)

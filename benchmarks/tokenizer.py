@@ -114,7 +114,7 @@ def has_faiss() -> bool:
     try:
         import faiss  # noqa: F401
     except ImportError:
-        print("faiss is not installed, its rows are left out: pip install faiss-cpu", file=sys.stderr)
+        print("faiss is not installed, its rows are skipped: pip install faiss-cpu", file=sys.stderr)
         return False
     return True
 

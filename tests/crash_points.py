@@ -113,15 +113,15 @@ def attempt(argv: list[str], folder: Path, number: int = 0, after: bool = False)
 
 def digest(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file below a folder, also of what is left over, without what differs between two runs."""
-    found = {}
+    result = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and "tensorboard" not in name and path.name not in IGNORED:
             data = path.read_bytes()
             if path.suffix in (".jsonl", ".json"):
                 data = TIMES.sub("", data.decode()).replace(str(folder), "OUT").encode()
-            found[name] = hashlib.sha256(data.replace(str(folder).encode(), b"OUT")).hexdigest()
-    return found
+            result[name] = hashlib.sha256(data.replace(str(folder).encode(), b"OUT")).hexdigest()
+    return result
 
 
 class Workshop:
@@ -189,9 +189,9 @@ class Workshop:
         code, _ = attempt([*argv, "--resume"], place)
         if code:
             return f"resuming ended with {code}: {(place / 'log.txt').read_text()[-600:]}"
-        found = digest(place)
-        if found != expected:
-            return f"other files, or left over: {sorted(dict(found.items() ^ expected.items()))}"
+        result = digest(place)
+        if result != expected:
+            return f"other files, or left over: {sorted(dict(result.items() ^ expected.items()))}"
         return ""
 
 

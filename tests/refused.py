@@ -14,7 +14,7 @@ def refused(*named: object, kind: type[Exception] = MapetError, **attributes: ob
     """Expect an error of one line that names the values.
 
     Args:
-        named: file names, options, numbers, commands: the values that the message must hold, not its wording.
+        named: file names, options, numbers, commands: the values that the message must hold, not its prose.
         attributes: of the error, e.g. `field="lr"`, `value=0`.
     """
     with pytest.raises(kind) as caught:

@@ -32,7 +32,7 @@ for m, k, n in [(33, 13, 7), (100, 16, 48), (344, 192, 576)]:
 
 
 def test_a_product_does_not_depend_on_where_its_numbers_lie(monkeypatch):
-    # Or a run that goes on would not end with the bits of one that was never interrupted.
+    # Or a resumed run would not end with the bits of one that was never interrupted.
     monkeypatch.delenv("MKL_CBWR", raising=False)
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -169,7 +169,7 @@ def test_read_only_and_full_disks(tmp_path, monkeypatch):
 
 
 def test_folders_of_others_are_not_resumed(tmp_path):
-    """Without a run.json of the same command the files in a folder are somebody's."""
+    """Without a run.json of the same command the files in a folder are the user's."""
     (tmp_path / "features.npy").write_bytes(b"mine")
     options = Options(out=tmp_path, resume=True)
     with refused(tmp_path, "run.json", field="out"), run_state(tmp_path, "embed", options):

@@ -85,7 +85,7 @@ def test_what_wrote_nothing_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_command_keeps_its_options_and_may_begin_again(tmp_path):
+def test_an_interrupted_command_keeps_its_options_and_may_restart(tmp_path):
     """A study compares them with its own: k-means had made nothing yet but a checkpoint beside the folder."""
     out = tmp_path / "tokenizer"
     with pytest.raises(KeyboardInterrupt), run_state(out, "fit-tokenizer", Options(out=out)):
@@ -134,7 +134,7 @@ def test_a_process_that_is_gone_reads_as_interrupted(tmp_path):
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["status"] == "running"
     (tmp_path / "run.json").write_text(json.dumps(content | {"host": "elsewhere"}))
-    assert read(tmp_path).status == "running"  # nobody can tell
+    assert read(tmp_path).status == "running"  # which can't be known
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):

@@ -44,11 +44,11 @@ def tensors():
     }
 
 
-def assert_same(found, expected):
-    assert set(found) == set(expected)
+def assert_same(result, expected):
+    assert set(result) == set(expected)
     for name, tensor in expected.items():
-        assert type(found[name]) is torch.Tensor and not found[name].requires_grad, name
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert type(result[name]) is torch.Tensor and not result[name].requires_grad, name
+        assert result[name].dtype == tensor.dtype and torch.equal(result[name], tensor), name
 
 
 def test_safetensors_by_content_not_by_name(tmp_path):
@@ -105,7 +105,7 @@ def test_a_prefix_that_not_all_share_stays(tmp_path):
 
 
 class Encoder(nn.Module):
-    """With all that a state dict leaves out."""
+    """A module with everything that a state dict omits."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ def written(write):
 
 def other_archive(file):
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("word/document.xml", "")
+        archive.writestr("xl/workbook.xml", "")
 
 
 def safetensors_bytes(tmp_path):

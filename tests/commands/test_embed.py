@@ -40,7 +40,7 @@ def small_parts(monkeypatch, images_per_part=4, size=32 * 4):
 
 
 def read_back(folder):
-    """As a person would, without mapet."""
+    """Read features and ids as a user would, without mapet."""
     if (folder / "features.npy").exists():
         return json.loads((folder / "ids.json").read_text()), np.load(folder / "features.npy", allow_pickle=False)
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -97,12 +97,12 @@ def test_features_are_those_of_timms_transform(size, tolerance, vit_folder, tmp_
     out = mapet.embed(backbone=vit_folder, images=photos, out=tmp_path / "out", **COMMON)
     vit = load_backbone(vit_folder).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
-    for name, found in zip(*read_back(out), strict=True):
+    for name, result in zip(*read_back(out), strict=True):
         with torch.no_grad():
             tokens = vit.forward_features(transform(Image.open(photos / name))[None])[0]
         expected = tokens[1:].mean(0).numpy()
         limit = 0.005 if size == (200, 200) and name.endswith("png") else tolerance
-        assert np.linalg.norm(found - expected) < limit * np.linalg.norm(expected), name
+        assert np.linalg.norm(result - expected) < limit * np.linalg.norm(expected), name
 
 
 def test_as_the_probe_sees_them(run_dir, digits, tmp_path):
@@ -146,12 +146,12 @@ def test_interrupted_and_resumed_is_the_same(format, vit_folder, crops, tmp_path
 
 
 @pytest.mark.parametrize("format", ["npy", "parquet"])
-def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp_path, monkeypatch):
+def test_unreadable_images_are_listed_and_skipped(format, vit_folder, crops, tmp_path, monkeypatch):
     if format == "parquet":
         pytest.importorskip("pyarrow")
     small_parts(monkeypatch)
     for number in (4, 5, 6, 7):  # a whole part
-        (crops / f"crop{number:03d}.png").write_bytes(b"no picture")
+        (crops / f"crop{number:03d}.png").write_bytes(b"no image")
     out = mapet.embed(
         backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, max_unreadable=0.5, **COMMON
     )
@@ -164,7 +164,7 @@ def test_unreadable_images_are_named_and_left_out(format, vit_folder, crops, tmp
         mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "strict", format=format, **COMMON)
 
 
-def test_what_can_t_go_on(vit_folder, crops, tmp_path, monkeypatch):
+def test_embed_refuses_what_it_cannot_resume(vit_folder, crops, tmp_path, monkeypatch):
     mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", **COMMON)
     options = {"backbone": vit_folder, "images": crops, "out": tmp_path / "out"} | COMMON
     with refused("not empty", "resume=True"):

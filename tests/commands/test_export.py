@@ -107,31 +107,31 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
     assert type(model) is transformers.ViTModel
     processor = transformers.AutoImageProcessor.from_pretrained(out / "transformers")
     mode = "RGB" if channels == 3 else "L"
-    pictures = [Image.open(path).convert(mode).resize(size[::-1]) for path in sorted(crops.iterdir())[:3]]
-    arrays = np.stack([np.asarray(picture).reshape(*size, channels) for picture in pictures])
+    originals = [Image.open(path).convert(mode).resize(size[::-1]) for path in sorted(crops.iterdir())[:3]]
+    arrays = np.stack([np.asarray(image).reshape(*size, channels) for image in originals])
     with torch.no_grad():
-        given = model(processor(pictures, return_tensors="pt")["pixel_values"])
+        given = model(processor(originals, return_tensors="pt")["pixel_values"])
         expected = vit.forward_features(normalize(torch.from_numpy(arrays).movedim(-1, 1), channels))
     assert same(given.last_hidden_state, expected) and same(given.pooler_output, expected[:, 0])
     if size[0] == size[1]:  # a whole photograph: cut and resized alike, but for rounding
         whole = Image.open(next(crops.iterdir())).convert(mode)
         mapets = mapet_view(whole, size, tmp_path)
-        theirs = processor(whole, return_tensors="pt")["pixel_values"][0]
+        reference = processor(whole, return_tensors="pt")["pixel_values"][0]
         gray_levels = 255 * (0.25 if channels == 1 else 0.226)
-        assert (theirs - normalize(mapets[None], channels)[0]).abs().mean() * gray_levels < 3
+        assert (reference - normalize(mapets[None], channels)[0]).abs().mean() * gray_levels < 3
     card = (out / "transformers" / "README.md").read_text()
     assert front_matter(card)["library_name"] == "transformers" and "transformers, image processor" in card
     assert ("squeezes the whole image" in card) == (size[0] != size[1])
 
 
-def mapet_view(picture, size, tmp_path):
+def mapet_view(image, size, tmp_path):
     from mapet.data.dataset import ViewDataset
     from mapet.data.sources import list_images
     from mapet.data.views import ViewSpec
 
     (tmp_path / "one").mkdir()
-    picture.save(tmp_path / "one" / "one.png")
-    channels = 1 if picture.mode == "L" else 3
+    image.save(tmp_path / "one" / "one.png")
+    channels = 1 if image.mode == "L" else 3
     dataset = ViewDataset(list_images(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)
     return dataset.batch([(0, 0)]).images[0]
 

@@ -24,7 +24,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
         "--sample",
         300,
     ]
-    assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
+    assert main([str(arg) for arg in [*argv, "--out", tmp_path / "a"]]) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == FIGURES | {
         "tokenizer_metrics.json",
         "tokenizer_report.md",
@@ -41,7 +41,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
     page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 7)
-    assert main([str(word) for word in [*argv, "--out", tmp_path / "b"]]) == 0
+    assert main([str(arg) for arg in [*argv, "--out", tmp_path / "b"]]) == 0
     assert (tmp_path / "b" / "tokenizer_metrics.json").read_text() == (
         tmp_path / "a" / "tokenizer_metrics.json"
     ).read_text()
@@ -94,12 +94,12 @@ def test_poor_tokens_are_warned_of(digits, tmp_path, caplog, capsys):
 
 
 def test_bad_options(digits, tokenizer_dir, run_dir, tmp_path, capsys):
-    for words, message in [
+    for args, message in [
         ([], "required"),
         (["--tokenizer", tokenizer_dir], "required"),
         (["--tokenizer", digits, "--images", digits / "train"], "visual_tokenizer.json"),
         (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], "does not exist"),
     ]:
-        assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o"]]) != 0
+        assert main([str(arg) for arg in ["inspect-tokenizer", *args, "--out", tmp_path / "o"]]) != 0
         assert message in capsys.readouterr().err
         assert not (tmp_path / "o").exists()

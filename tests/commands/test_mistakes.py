@@ -33,7 +33,7 @@ TINY_FIT = ["--image-size", "16", "--patch-size", "4"]
 
 def fails(capsys, *argv, code: int = 2) -> str:
     """Run the command; return its one line of error."""
-    assert main([str(word) for word in argv]) == code
+    assert main([str(arg) for arg in argv]) == code
     error = capsys.readouterr().err.strip()
     lines = [line for line in error.splitlines() if line.startswith("mapet ")]
     assert len(lines) == 1, error
@@ -78,7 +78,7 @@ def test_run_refuses_the_options_of_its_sections_by_their_names(capsys):
 
 
 def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
-    """Contradicting options are told before it is made; one that stopped it before its first file leaves it free."""
+    """Contradicting options are refused before it is made; one that stopped it before its first file leaves it free."""
     out = tmp_path / "run"
     run = ["run", "--images", crops, "--out", out]
     line = fails(capsys, *run, "--fit-tokenizer.image-size", "100")
@@ -91,7 +91,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     same = [*run, "--fit-tokenizer.vocab-size", "60000", "--time", "10000"]  # more codes than patches
     fails(capsys, *same)
     assert {file.name for file in out.iterdir()} == {"config.yaml", "run.json"}
-    (out / "run.json").unlink()  # now it might be a person's own
+    (out / "run.json").unlink()  # now it might be the user's own
     assert "nothing is overwritten" in fails(capsys, *run)
     (out / "config.yaml").unlink()
     fails(capsys, *same)
@@ -103,8 +103,10 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
     assert "is not a tokenizer" in fails(
         capsys, *same, "--pretrain.epochs", "4000", "--max-unreadable", "0.2", "--resume"
     )
-    kept = (out / "config.yaml").read_text()
-    assert "epochs: 4000" in kept and "max_unreadable: 0.2" in kept  # what has made nothing yet may still change
+    retained = (out / "config.yaml").read_text()
+    assert (
+        "epochs: 4000" in retained and "max_unreadable: 0.2" in retained
+    )  # what has made nothing yet may still change
     (out / "pretrain").mkdir(parents=True)
     (out / "pretrain" / "config.yaml").touch()
     for made, way in (  # a run that is not finished has no backbone, and what there is can be exported
@@ -121,7 +123,7 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--pretrain.objective", "mapt"], "did you mean 'mapet'"),
         (["--pretrain.model", "vit_tinyy_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
@@ -132,17 +134,17 @@ def test_a_mistake_does_not_block_the_folder_of_a_run(capsys, crops, tmp_path):
         (["--test-images", "CROPS"], "has no labels"),
     ],
 )
-def test_run_refuses_at_once_what_a_later_stage_would(options, told, capsys, crops, tmp_path):
+def test_run_refuses_at_once_what_a_later_stage_would(options, message, capsys, crops, tmp_path):
     out = tmp_path / "run"
-    options = [str(crops) if word == "CROPS" else word for word in options]
+    options = [str(crops) if arg == "CROPS" else arg for arg in options]
     line = fails(
         capsys, "run", "--images", crops, "--out", out, "--time", "10000", *options
     )  # enough if it is busy, too
-    assert told in line
+    assert message in line
     assert not out.exists()
 
 
-def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crops, tmp_path, monkeypatch):
+def test_ctrl_c_before_anything_is_saved_says_how_to_restart(capsys, crops, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -155,7 +157,7 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "told"),
+    ("program", "code", "message"),
     [  # the module sends the signal to itself, and passes over exceptions as callbacks of the import system do
         ("import swallows", 130, "mapet: interrupted while loading libraries\n"),
         (
@@ -167,19 +169,19 @@ def test_ctrl_c_where_a_stage_has_nothing_to_save_says_how_to_go_on(capsys, crop
         ("signal.signal(signal.SIGINT, signal.SIG_IGN); exit_on_sigint_during_import(); import swallows", 0, ""),
     ],
 )
-def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, told, tmp_path):
+def test_ctrl_c_while_libraries_are_loaded_is_not_swallowed(program, code, message, tmp_path):
     (tmp_path / "swallows.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
     )
     begin = "import os, signal\nfrom mapet.signals import RESUME_HINT, exit_on_sigint_during_import\nexit_on_sigint_during_import()\n"
     ended = subprocess.run([sys.executable, "-c", begin + program], cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == code and told in ended.stderr
-    assert told or not ended.stderr
+    assert ended.returncode == code and message in ended.stderr
+    assert message or not ended.stderr
 
 
 @pytest.mark.parametrize(("number", "hint"), [(errno.ENOSPC, "make room"), (errno.EACCES, "change its permissions")])
 def test_errors_of_the_system(number, hint, capsys, monkeypatch):
-    """The disk is full, or somebody else's: the file and what to do, whether Python met it or safetensors."""
+    """The disk is full, or the folder is another user's: the file and what to do, whether Python met it or safetensors."""
 
     def fail(config):
         raise OSError(number, os.strerror(number), "some/file")
@@ -214,18 +216,18 @@ def test_a_folder_of_another_version_says_so(capsys, run_dir, tmp_path):
     """Its config.yaml has an option, here of a section, that this version does not know."""
     recipe = yaml.safe_load((run_dir / "config.yaml").read_text())
     state = RunState.read(run_dir)
-    for versions, told in (({"mapet": "0.0.3"}, True), ({}, False), (state.versions, False)):
+    for versions, has_hint in (({"mapet": "0.0.3"}, True), ({}, False), (state.versions, False)):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe | {"old_option": 1}))
         state.model_copy(update={"versions": versions}).write(tmp_path)
         line = fails(capsys, "pretrain", tmp_path / "config.yaml", "--resume")
         assert "unknown option 'old_option'" in line
-        assert (f"mapet 0.0.3 wrote {tmp_path}" in line and "resume it with that version" in line) == told
+        assert (f"mapet 0.0.3 wrote {tmp_path}" in line and "resume it with that version" in line) == has_hint
     (tmp_path / "run.json").write_text("[]")
     assert "mapet 0.0.3" not in fails(capsys, "pretrain", tmp_path / "config.yaml", "--resume")
 
 
 def test_scratch_file(capsys, crops, tmp_path, monkeypatch):
-    """Too little disk is said before anything is written, and nothing is left of a scratch file after an error."""
+    """Too little disk space is an error before anything is written, and nothing is left of a scratch file after an error."""
     common = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--memory-gb", "1e-6", "--out"]
     scratch = tmp_path / "x"
     line = fails(capsys, *common, scratch / "t", "--vocab-size", "100000")
@@ -369,7 +371,7 @@ def no_arguments():
     return None
 
 
-def test_a_person_s_own_encoder(capsys, crops, tmp_path, monkeypatch):
+def test_a_custom_teacher(capsys, crops, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent)
     common = ["fit-tokenizer", "--images", crops, *TINY_FIT, "--vocab-size", "4", "--out", tmp_path / "x", "--teacher"]
     line = fails(capsys, *common, "tests.commands.test_mistakes:encoder_with_nan")
@@ -615,7 +617,7 @@ def test_paths_with_spaces_can_be_pasted(run_dir, capsys, tmp_path):
     assert shell_command("run", folder, "--resume") == f"mapet run '{folder}' --resume"
 
 
-def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir, capsys, tmp_path):
+def test_a_folder_instead_of_a_recipe_names_its_option(run_dir, tokenizer_dir, capsys, tmp_path):
     """The option that this stage takes it by, or the recipe in it if this stage wrote one."""
     for stage, folder, way in (
         ("check", run_dir, f"give it as --images {run_dir}"),
@@ -631,7 +633,7 @@ def test_a_folder_instead_of_a_recipe_is_told_its_option(run_dir, tokenizer_dir,
         assert f"{folder} is a folder, not a config: {way}" in fails(capsys, stage, folder)
 
 
-def test_a_run_goes_on_where_its_recipe_lies_or_not_at_all(capsys, crops, tmp_path, monkeypatch, caplog):
+def test_a_run_resumes_only_in_the_folder_of_its_recipe(capsys, crops, tmp_path, monkeypatch, caplog):
     """A recipe with relative folders, given from another folder, would silently start another run there."""
     (tmp_path / "home" / "runs" / "a").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "home")

@@ -148,7 +148,7 @@ def test_a_run_that_ends_within_an_epoch(few_digits, tokenizer_dir, tokens_dir, 
 
 
 def test_part_of_a_run_names_that_and_has_its_report(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
-    """`mapet run` is what goes on, with all that comes after; and there is one report, not an older one inside."""
+    """`mapet run` is what resumes, with all that comes after; and there is one report, not an older one inside."""
     (tmp_path / "digits").mkdir()
     RunState(command="run").write(tmp_path / "digits")
     folder = tmp_path / "digits" / "pretrain"
@@ -216,7 +216,7 @@ def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tm
     assert_identical(run_dir, tmp_path / "run")
 
 
-def test_interrupted_tokenize_goes_on(crops, tmp_path, monkeypatch):
+def test_interrupted_tokenize_resumes(crops, tmp_path, monkeypatch):
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     options = {"images": crops, "tokenizer": tmp_path / "t"}
     monkeypatch.setattr("mapet.tokenizers.stages.inference_batch_size", lambda _: 3)
@@ -315,7 +315,7 @@ def test_export_of_an_unfinished_run(few_digits, tokenizer_dir, tokens_dir, tmp_
     ],
 )
 def test_any_size_channels_and_tokens(size, patch, channels, args, ratio, num_context, crops, photos, tmp_path):
-    if channels == 6:  # bands that no picture format holds
+    if channels == 6:  # bands that no file format of colors holds
         for path in crops.glob("*.png"):
             path.unlink()
         for number in range(8):
@@ -409,16 +409,16 @@ def test_runs_that_differ_in_objective_share_all_else(few_digits, tokenizer_dir,
         assert len(steps) == len(other_steps) > 2
         for key, value in weights.items():
             assert torch.equal(value, others[key]), (name, key)
-        for ours, theirs in zip(steps, other_steps, strict=True):
+        for ours, expected in zip(steps, other_steps, strict=True):
             for key in ("images", "targets", "permutation"):
-                assert torch.equal(getattr(ours, key), getattr(theirs, key))
+                assert torch.equal(getattr(ours, key), getattr(expected, key))
             of_vit = ours.drop_path_rand.shape[1]
-            assert name == "cae" or theirs.drop_path_rand.shape[1] == of_vit  # cae draws more, for its further blocks
-            assert torch.equal(ours.drop_path_rand, theirs.drop_path_rand[:, :of_vit])
-            assert ours.num_context == theirs.num_context is not None
+            assert name == "cae" or expected.drop_path_rand.shape[1] == of_vit  # cae draws more, for its further blocks
+            assert torch.equal(ours.drop_path_rand, expected.drop_path_rand[:, :of_vit])
+            assert ours.num_context == expected.num_context is not None
 
 
-def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch, caplog):
+def test_run_does_all_stages_and_resumes(digits, few_digits, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "mapet")
     monkeypatch.setattr("mapet.evaluation.logistic_regression.C_CANDIDATES", (0.01, 1.0))  # quicker
     argv = ["run", "--images", few_digits, "--test-images", digits / "test", "--out", tmp_path / "run"]
@@ -446,7 +446,7 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch, 
         "--pretrain.probe-every",
         "2",
     ]
-    argv = [str(word) for word in argv]
+    argv = [str(arg) for arg in argv]
     with monkeypatch.context() as patch:
         StopAt(patch, 4)
         assert main(argv) == 130
@@ -469,25 +469,25 @@ def test_run_does_it_all_and_goes_on(digits, few_digits, tmp_path, monkeypatch, 
         sample_for_probe(LabeledSet.from_images(list_images(few_digits))),
         ComputeContext.from_options("cpu"),
     )
-    found = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    result = [json.loads(line) for line in (tmp_path / "run" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     online = online_probe(load_backbone(tmp_path / "run"), *sets, compute, pool="2x2")
-    assert {name: found[-1][name] for name in online} == online
+    assert {name: result[-1][name] for name in online} == online
     assert {path.stem for path in (tmp_path / "run" / "figures").iterdir()} == FIGURES
     assert main([*argv, "--resume", "--seed", "7"]) == 2
     assert main(["run", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
 
 
 def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatch):
-    """Its recipe names a relative folder, where another run may lie since; so do its images, which move too; and all of it goes on."""
+    """Its recipe names a relative folder, where another run may lie since; so do its images, which move too; and the run resumes."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits / "test", tmp_path / "images")
     small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0}
-    words = {"image_size": 8, "patch_size": 2, "channels": 1}
+    fit_options = {"image_size": 8, "patch_size": 2, "channels": 1}
     options = {"pretrain": small, "device": "cpu"}
     for moved, vocab_size in (("a", 16), ("b", 12)):
-        mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": vocab_size}, **options)
+        mapet.run(images="images", out="run", fit_tokenizer=fit_options | {"vocab_size": vocab_size}, **options)
         Path("run").rename(moved)
-    mapet.run(images="images", out="run", fit_tokenizer=words | {"vocab_size": 12}, seed=1, **options)
+    mapet.run(images="images", out="run", fit_tokenizer=fit_options | {"vocab_size": 12}, seed=1, **options)
     for name, vocab_size in (("a", 16), ("b", 12), ("run", 12)):
         run = load_run(Path(name))
         assert (
@@ -560,7 +560,7 @@ def test_an_option_is_spelled_where_the_user_is():
 
 
 def test_run_of_unlabeled_images_that_are_no_files(photos, tmp_path):
-    """The report that ends it has pictures of images inside a prepared set, and what each is called."""
+    """Its report shows images of a prepared set, and their names."""
     made = mapet.prepare(images=save_crops(photos, tmp_path / "photos", 20, size=(32, 32)), out=tmp_path / "prepared")
     small = {"model_args": TINY, "epochs": 1, "batch_size": 10}
     mapet.run(
@@ -573,7 +573,7 @@ def test_run_of_unlabeled_images_that_are_no_files(photos, tmp_path):
     assert steps["images"][0]["src"] in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_demo_that_was_stopped_goes_on_to_its_table(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_demo_resumes(tmp_path, monkeypatch, capsys):
     from mapet import commands
     from mapet.commands import pipeline
 
@@ -629,7 +629,7 @@ def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tokenizer_dir, tokens_dir, tmp_path):
+def test_a_non_finite_loss_stops_the_run(few_digits, tokenizer_dir, tokens_dir, tmp_path):
     options = {
         "images": few_digits,
         "tokenizer": tokenizer_dir,
@@ -683,7 +683,7 @@ def test_a_small_learning_rate_never_rises(few_digits, tokenizer_dir, tokens_dir
 
 
 def test_learns_what_can_be_learned(digits, tmp_path):
-    """A few epochs on real digits: far better than the commonest token and than the unigram entropy."""
+    """A few epochs on real digits: far better than the majority and unigram baselines."""
     mapet.fit_tokenizer(
         images=digits / "train", out=tmp_path / "t", image_size=8, patch_size=2, channels=1, vocab_size=64
     )

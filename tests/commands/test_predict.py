@@ -60,9 +60,9 @@ def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_pat
     with torch.no_grad():
         logits = model((torch.from_numpy(pixels)[:, None] / 255 - 0.5) / 0.25)
     expected = torch.softmax(logits / config["temperature"], 1)
-    found = [[float(row[f"probability:{name}"]) for name in config["label_names"]] for row in rows[:50]]
-    assert np.allclose(found, expected.numpy(), atol=2e-6)
-    for row, chances in zip(rows, found, strict=False):
+    result = [[float(row[f"probability:{name}"]) for name in config["label_names"]] for row in rows[:50]]
+    assert np.allclose(result, expected.numpy(), atol=2e-6)
+    for row, chances in zip(rows, result, strict=False):
         assert float(row["probability"]) == pytest.approx(max(chances)) and not row["error"]
     assert list(tmp_path.iterdir()) == [out]
 
@@ -156,7 +156,7 @@ def test_really_killed(tuned, digits, tmp_path):
         tmp_path / "parts.csv",
         "--resume",
     ]
-    subprocess.run([str(word) for word in argv], check=True, env=os.environ | {"MAPET_WORKERS": "0"})
+    subprocess.run([str(arg) for arg in argv], check=True, env=os.environ | {"MAPET_WORKERS": "0"})
     assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 

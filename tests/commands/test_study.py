@@ -38,7 +38,7 @@ def recipe(images, out, **options):
     return given | {"pretrain": SHARED, "finetune": FINETUNE, "grid": {"objective": ["mim", "mapet"]}} | options
 
 
-def test_a_study_runs_evaluates_and_reports_and_goes_on(digits, few_digits, tmp_path):
+def test_a_study_runs_evaluates_reports_and_resumes(digits, few_digits, tmp_path):
     """Equal epochs and equal compute, a cell that fails, one seed; the second call has nothing left to run."""
     out = tmp_path / "study"
     methods = {"mim": {"objective": "mim"}, "mapet": {"objective": "mapet"}, "bad": {"objective": "mim", "lr": 1e30}}
@@ -127,7 +127,7 @@ def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
 
 
 def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monkeypatch):
-    """The study stops there, and no cell is told to have failed."""
+    """The study stops there, and no trial is recorded as failed."""
 
     def interrupted(_):
         raise Interrupted("stopped by SIGINT, saved")
@@ -176,11 +176,11 @@ def test_operations_are_those_of_the_definition(few_digits, tokenizer_dir, tmp_p
     given = {"images": few_digits, "out": tmp_path, "tokenizer": tokenizer_dir, "mask_ratio": 0.75, "objective": "mim"}
     config = build_config(PretrainConfig, PRETRAIN | given)
     width, depth = config.model_args["embed_dim"], config.model_args["depth"]
-    words = json.loads((tokenizer_dir / "visual_tokenizer.json").read_text())["vocab_size"]
+    num_codes = json.loads((tokenizer_dir / "visual_tokenizer.json").read_text())["vocab_size"]
     block = 17 * 12 * width**2 + 2 * 17 * 17 * width
     last = 17 * 2 * width**2 + 12 * 10 * width**2 + 2 * 12 * 17 * width  # only the 12 hidden rows ask
     embedding = 16 * 4 * width
-    by_hand = 2 * (3 * ((depth - 1) * block + last + 12 * width * words + embedding) - embedding)
+    by_hand = 2 * (3 * ((depth - 1) * block + last + 12 * width * num_codes + embedding) - embedding)
     assert flops_per_image(config) == by_hand
 
 
@@ -283,4 +283,4 @@ def test_operations_of_drawn_ratios_and_fewer_targets(few_digits, tokenizer_dir,
 
     assert cost(mask_ratio=0.5) < cost(mask_ratio=[0.5, 0.9]) < cost(mask_ratio=0.9)
     assert cost(num_predict=3) < cost(num_predict=6) < cost()
-    assert cost(objective="mim", target="pixels") < cost(objective="mim")  # 4 pixels instead of 16 words
+    assert cost(objective="mim", target="pixels") < cost(objective="mim")  # 4 pixels instead of 16 codes

@@ -66,10 +66,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop_at, whole, few_digits
     with refused("ema_decay", 0.99, 0.9, "mapet train-tokenizer"):
         mapet.train_tokenizer(images=few_digits, out=out, **OPTIONS, ema_decay=0.9, resume=True)
     assert main(["train-tokenizer", str(out / "config.yaml"), "--resume"]) == 0
-    ours, theirs = (load_file(file) for file in (out / "vqkd" / "vqkd.safetensors", whole))
-    assert ours.keys() == theirs.keys()
+    ours, expected = (load_file(file) for file in (out / "vqkd" / "vqkd.safetensors", whole))
+    assert ours.keys() == expected.keys()
     for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_the_folder(whole, few_digits):
@@ -121,7 +121,7 @@ def test_stored_and_online_tokens_are_the_same(few_digits, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
+def test_the_teacher_s_teacher_is_recorded(few_digits, tmp_path):
     """visual_tokenizer.json says what a VQ-KD tokenizer leans on, and how that took its images."""
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=24, depth=1, num_heads=2, num_classes=12
@@ -134,9 +134,9 @@ def test_the_teacher_s_teacher_is_told(few_digits, tmp_path):
         teacher_checkpoint=str(file),
     )  # fmt: skip
     assert load_file(file)["decode_task_layer.2.weight"].shape[0] == 12  # the projection's width
-    told = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
-    assert told["interpolation"] is None
-    first = told["teacher_metadata"]["learned_from"]
+    description = json.loads((tmp_path / "t" / "visual_tokenizer.json").read_text())
+    assert description["interpolation"] is None
+    first = description["teacher_metadata"]["learned_from"]
     assert first["teacher"]["teacher"].startswith("local-dir:") and first["teacher"]["output"] == "projection"
     assert first["teacher_metadata"] == {"mean": [0.5], "std": [0.5], "prefix_tokens_dropped": 1}
 
@@ -158,7 +158,7 @@ def test_bad_options(options, message, few_digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(few_digits, tmp_path):
+def test_a_non_finite_loss_stops_the_run(few_digits, tmp_path):
     with pytest.raises(NonFiniteError):
         mapet.train_tokenizer(images=few_digits, out=tmp_path / "run", **(OPTIONS | {"lr": 1e30}))
     assert not (tmp_path / "run" / "vqkd").exists()
@@ -171,7 +171,7 @@ def test_an_interval_without_a_readable_image_is_no_divergence(few_digits, tmp_p
     for path in (few_digits.parent / line for line in few_digits.read_text().splitlines()[:5]):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "images" / path.name).write_bytes(b"no picture")
+    (tmp_path / "images" / path.name).write_bytes(b"no image")
     small = {"vocab_size": 4, "batch_size": 1, "log_interval": 1, "epochs": 1}
     assert mapet.train_tokenizer(images=tmp_path / "images", out=tmp_path / "run", **(OPTIONS | small)).is_file()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -357,13 +357,13 @@ def test_links_are_followed_out_of_the_folder_and_end(folder, tmp_path):
 
 
 def test_urls_keep_their_slashes_and_paths_are_tidied():
-    for given, kept in {
+    for given, retained in {
         "s3://bucket//a/../x.tar": "s3://bucket//a/../x.tar",
         "hf:user/name:train": "hf:user/name:train",
         "photos/": "photos",
         Path("a") / "b": "a/b",
     }.items():
-        assert build_config(PrepareConfig, {"images": given, "out": "out"}).images == kept
+        assert build_config(PrepareConfig, {"images": given, "out": "out"}).images == retained
     with pytest.raises(MapetError, match="images"):
         build_config(PrepareConfig, {"images": 3, "out": "out"})
 
@@ -392,7 +392,7 @@ def test_hugging_face_folder_parquet_and_saved(datasets, folder, tmp_path, monke
         list_images(f"hf:{tmp_path}/saved:val")
     loaded = datasets.load_from_disk(str(tmp_path / "saved"))["train"]
     loaded.to_parquet(str(tmp_path / "x.parquet"))
-    loaded.rename_column("image", "picture").to_parquet(str(tmp_path / "other.parquet"))
+    loaded.rename_column("image", "photo").to_parquet(str(tmp_path / "other.parquet"))
     for source in (f"hf:{tmp_path}/saved:test", f"hf:{tmp_path}/x.parquet", f"hf:{tmp_path}/other.parquet:train"):
         rows = list_images(source)
         assert rows.id(11) == "000000011"  # its rows know the names alone, and those come twice

@@ -19,9 +19,9 @@ def draw(num_images, temperature, seed=0):
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_the_temperature_that_the_labels_were_drawn_with_is_found(temperature):
     logits, labels = draw(20_000, temperature)
-    found = fit_temperature(logits, labels)
-    assert found.temperature == pytest.approx(temperature, rel=0.05) and found.num_images == 20_000
-    for value, at in ((found.nll, found.temperature), (found.nll_before, 1.0)):
+    result = fit_temperature(logits, labels)
+    assert result.temperature == pytest.approx(temperature, rel=0.05) and result.num_images == 20_000
+    for value, at in ((result.nll, result.temperature), (result.nll_before, 1.0)):
         assert value == pytest.approx(float(F.cross_entropy(logits / at, labels)), rel=1e-5)
     assert torch.allclose(probabilities(logits, 2.0), torch.softmax(logits.double() / 2, 1))
 
@@ -42,13 +42,13 @@ def test_scikit_learn_finds_the_same():
     if not hasattr(calibration, "_TemperatureScaling"):
         pytest.skip("this scikit-learn has no temperature scaling")
     logits, labels = draw(4000, 2.5)
-    theirs = calibration._TemperatureScaling().fit(logits.numpy(), labels.numpy())
-    assert fit_temperature(logits, labels).temperature == pytest.approx(1 / theirs.beta_, rel=0.01)
+    expected = calibration._TemperatureScaling().fit(logits.numpy(), labels.numpy())
+    assert fit_temperature(logits, labels).temperature == pytest.approx(1 / expected.beta_, rel=0.01)
 
 
 def test_images_that_are_all_right_make_nothing_certain_and_few_calibrate_nothing():
     labels = torch.arange(100) % 4
     right = 5.0 * F.one_hot(labels, 4)
-    found = fit_temperature(right, labels)
-    assert 1 - float(probabilities(right, found.temperature).max()) == pytest.approx(1 / 102 * 3 / 4, rel=0.05)
+    result = fit_temperature(right, labels)
+    assert 1 - float(probabilities(right, result.temperature).max()) == pytest.approx(1 / 102 * 3 / 4, rel=0.05)
     assert fit_temperature(right[:49], labels[:49]) is None

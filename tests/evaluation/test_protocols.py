@@ -109,8 +109,8 @@ def test_neighbors_over_blocks_are_those_of_the_whole():
     )
     scaler = StandardScaler().fit(bank.numpy())
     similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20, scaler)
-    found = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(scaler.transform(bank.numpy()))
-    distances, expected = found.kneighbors(scaler.transform(queries.numpy()))
+    result = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(scaler.transform(bank.numpy()))
+    distances, expected = result.kneighbors(scaler.transform(queries.numpy()))
     assert np.array_equal(rows, expected)
     assert similarity.numpy() == pytest.approx(1 - distances, abs=1e-5)
 
@@ -185,10 +185,10 @@ def test_average_precision_by_hand():
     """Ranks of the positives 1, 3, 4 of five: (1/1 + 2/3 + 3/4) / 3."""
     scores = torch.tensor([[5.0, 1, 0], [4, 2, 0], [3, 3, 0], [2, 4, 0], [1, 5, 0]])
     targets = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 0, 0], [0, 0, 0]])
-    found = average_precisions(scores, targets, np.ones(5))
-    assert found[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
-    assert np.isnan(found[1])
-    assert found[2] == pytest.approx(1 / 5)  # all equal: one rank, whatever the order
+    result = average_precisions(scores, targets, np.ones(5))
+    assert result[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert np.isnan(result[1])
+    assert result[2] == pytest.approx(1 / 5)  # all equal: one rank, whatever the order
     twice = average_precisions(scores, targets, np.array([0, 1, 1, 1, 2.0]))
     assert twice[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
 

@@ -95,10 +95,10 @@ def test_position():
 
 def test_tokens_that_are_the_class_say_all_of_it():
     labels = draw(500, below=5)
-    found = label_information(labels[:, None, None].expand(-1, 4, 4), labels)
+    result = label_information(labels[:, None, None].expand(-1, 4, 4), labels)
     p = torch.bincount(labels) / 500
-    assert found.bits + found.chance == pytest.approx(float(-(p * p.log2()).sum()))
-    assert found.share == pytest.approx(1, abs=0.03)
+    assert result.bits + result.chance == pytest.approx(float(-(p * p.log2()).sum()))
+    assert result.share == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("vocab_size", [4, 64, 4096])
@@ -106,18 +106,18 @@ def test_tokens_that_are_the_class_say_all_of_it():
 def test_tokens_independent_of_the_class_say_nothing(vocab_size, alike):
     """Also where the patches of an image are alike, which the usual correction (Miller and Madow's) does not allow for."""
     labels, tokens = draw(400, below=10), draw(400, 4, 4, below=vocab_size, seed=1)
-    found = label_information(tokens[:, :1, :1].expand(-1, 4, 4) if alike else tokens, labels)
-    assert abs(found.bits) < 3 * found.error
+    result = label_information(tokens[:, :1, :1].expand(-1, 4, 4) if alike else tokens, labels)
+    assert abs(result.bits) < 3 * result.error
     if not alike and vocab_size == 64:
-        assert found.chance == pytest.approx(63 * 9 / (2 * 6400) / 0.6931, rel=0.1)  # Miller 1955
+        assert result.chance == pytest.approx(63 * 9 / (2 * 6400) / 0.6931, rel=0.1)  # Miller 1955
 
 
 def test_half_a_bit():
     """A token that names one of two classes in half of the patches and else says nothing."""
     labels = torch.arange(1000) % 2
     blank = draw(1000, 4, 4, below=2).bool()
-    found = label_information(torch.where(blank, 2, labels[:, None, None]), labels)
-    assert found.bits == pytest.approx(float(1 - blank.double().mean()), abs=0.01)
+    result = label_information(torch.where(blank, 2, labels[:, None, None]), labels)
+    assert result.bits == pytest.approx(float(1 - blank.double().mean()), abs=0.01)
 
 
 def test_bags():
@@ -156,8 +156,8 @@ def test_the_bag_of_imbalanced_images_is_judged_by_the_balanced_accuracy():
 
 
 def test_nearest_codes():
-    distances, found = nearest_codes(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([2, 0]), 2)
-    assert found.tolist() == [[1, 0], [1, 2]] and distances.tolist() == [[2, 3], [1, 3]]
+    distances, result = nearest_codes(torch.tensor([[0.0], [1.0], [3.0], [7.0]]), torch.tensor([2, 0]), 2)
+    assert result.tolist() == [[1, 0], [1, 2]] and distances.tolist() == [[2, 3], [1, 3]]
     assert nearest_codes(torch.zeros(3, 2), torch.tensor([0]), 9)[1].shape == (1, 2)
 
 
@@ -182,14 +182,14 @@ def steady(tokens):
 
 def test_no_warning_for_good_tokens():
     tokens, labels, test = textures()
-    found = compute_token_metrics(tokens, 64, steady(tokens), labels, test)
-    assert list(token_warnings(found)) == []
+    result = compute_token_metrics(tokens, 64, steady(tokens), labels, test)
+    assert list(token_warnings(result)) == []
     description = {"teacher": {"teacher": "pixels"}, "label_free": True}
-    assert "No warnings" in render_tokenizer_report(found, [], "t", description) and found.label.share > 0.2
+    assert "No warnings" in render_tokenizer_report(result, [], "t", description) and result.label.share > 0.2
 
 
 def poor():
-    """name -> (tokens, vocabulary size, views, labels, test), and what must be said of it."""
+    """name -> (tokens, vocabulary size, views, labels, test), and the warning it must get."""
     tokens, labels, test = textures()
     other = tokens[draw(400, below=400, seed=9)]
     mixed = tokens.flatten()[torch.randperm(tokens.numel(), generator=torch.Generator().manual_seed(3))].view_as(tokens)
@@ -240,11 +240,11 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
     sampler = TokenSampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
     images = list_images(crops)
-    found = {name: agreement(*pair) for name, pair in sampler.sample_perturbed(images, range(12)).items()}
-    assert set(found) == {"flip", "shift", "jitter", "noise", "jpeg"}
-    assert found["shift"].share == 1 and found["flip"].share == 1
-    assert all(found[name].share > 0.6 for name in found)
-    assert found["jitter"].share < 1
+    result = {name: agreement(*pair) for name, pair in sampler.sample_perturbed(images, range(12)).items()}
+    assert set(result) == {"flip", "shift", "jitter", "noise", "jpeg"}
+    assert result["shift"].share == 1 and result["flip"].share == 1
+    assert all(result[name].share > 0.6 for name in result)
+    assert result["jitter"].share < 1
     tokens = sampler.sample(images, range(12), num_pixels=7)
     assert tokens.images.shape == (7, 3, *size) and tokens.ids.shape == (12, *grid)
     in_fives = sampler.sample_perturbed(images, range(12))
@@ -272,7 +272,7 @@ def test_a_grid_that_cannot_be_shifted_by_whole_patches(crops):
 
 def test_pixel_tokens_of_digits_survive_a_shift(tokenizer_dir, digits):
     sampler = TokenSampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
-    found = sampler.sample_perturbed(list_images(digits / "test"), range(0, 360, 4))
-    assert torch.equal(*found["shift"])
-    assert 0.5 < agreement(*found["jitter"]).share < 1
-    assert log2(16) > code_usage(found["flip"][0], 16).entropy > 2
+    result = sampler.sample_perturbed(list_images(digits / "test"), range(0, 360, 4))
+    assert torch.equal(*result["shift"])
+    assert 0.5 < agreement(*result["jitter"]).share < 1
+    assert log2(16) > code_usage(result["flip"][0], 16).entropy > 2

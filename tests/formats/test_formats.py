@@ -36,11 +36,11 @@ def files(tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("files", VERSIONS, indirect=True)
 def test_all_is_read_as_it_was(files):
-    expected, found = json.loads((files / "expected.json").read_text()), write.measure()
+    expected, result = json.loads((files / "expected.json").read_text()), write.measure()
     for name in ("tokenizer_hash", "images_hash", "tokens", "prepared"):
-        assert found[name] == expected[name], name
+        assert result[name] == expected[name], name
     for name in ("features", "logits", "vqkd"):
-        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(result[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
     images, tokenizer = list_images("images"), load_tokenizer(Path("tokenizer"))
     store = TokenStore.open(Path("tokens"), images, tokenizer.hash)
     pixels = torch.stack([images.open(row, 1).read() for row in range(len(images))])
@@ -48,7 +48,7 @@ def test_all_is_read_as_it_was(files):
 
 
 @pytest.mark.parametrize("files", VERSIONS, indirect=True)
-def test_a_run_goes_on(files):
+def test_a_run_resumes(files):
     expected = json.loads((files / "expected.json").read_text())["losses"]
     mapet.pretrain(**write.PRETRAIN, resume=True)
     losses = [json.loads(line)["loss"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -52,9 +52,9 @@ if __name__ == "__main__":
             file.write_bytes(changed)
             started = time.monotonic()
             try:
-                picture = open_image(file)
-                height, width = picture.size
-                pixels = picture.read(Box(0, 0, height, width), min_size=(8, 8))
+                opened = open_image(file)
+                height, width = opened.size
+                pixels = opened.read(Box(0, 0, height, width), min_size=(8, 8))
                 assert pixels.shape[0] == 3 and str(pixels.dtype) == "torch.uint8"
                 tally["read"] += 1
             except ImageDecodeError as error:

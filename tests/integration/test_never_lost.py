@@ -1,4 +1,4 @@
-"""Whatever happens to a run, it goes on as if nothing had: kills, signals, several processes, numbers and memory."""
+"""Runs resume bit-exact whatever happens: kills, signals, several processes, numbers and memory."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def options(few_digits, tokenizer_dir, tokens_dir, tmp_path):
     return {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"} | PRETRAIN
 
 
-def words(options, **more):
+def to_argv(options, **more):
     """The command line of these options."""
     argv = ["pretrain"]
     for name, value in (options | more).items():
@@ -64,8 +64,8 @@ def metrics(folder):
 
 
 def newest(folder):
-    found = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    return {file.name: load_file(file) for file in found.glob("*.safetensors")}
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return {file.name: load_file(file) for file in newest.glob("*.safetensors")}
 
 
 def assert_identical(a, b):
@@ -90,11 +90,11 @@ def killed(argv, seed, kills, seconds):
 
 @pytest.mark.parametrize(("seed", "kills"), [(0, 4), pytest.param(1, 60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(seed, kills, options, tmp_path):
-    """A checkpoint after every step: many a kill falls into writing one. The end is the same to the bit."""
+    """A checkpoint after every step: many kills fall into writing one. The result is bit-exact."""
     options |= {"epochs": 10 * kills, "checkpoint_interval_min": 1e-9, "drop_path": 0.3}
-    whole = words(options | {"out": tmp_path / "whole", "checkpoint_interval_min": 10})
+    whole = to_argv(options | {"out": tmp_path / "whole", "checkpoint_interval_min": 10})
     assert killed(whole, seed, 0, 0) == 0
-    survived = killed([*words(options), "--resume"], seed, kills, 1.5)
+    survived = killed([*to_argv(options), "--resume"], seed, kills, 1.5)
     assert survived == kills
     assert_identical(tmp_path / "whole", tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -111,10 +111,10 @@ def test_a_resumed_run_writes_the_same_metrics(stop_at, options, run_dir, monkey
 
 
 def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
-    assert main([*words(options), "--resume"]) == 0
+    assert main([*to_argv(options), "--resume"]) == 0
     assert_identical(run_dir, options["out"])
     (options["out"] / "config.yaml").unlink()
-    assert main([*words(options), "--resume"]) == 2
+    assert main([*to_argv(options), "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
 
 
@@ -123,12 +123,12 @@ def test_resuming_what_was_never_begun_starts_it(options, run_dir, capsys):
 
 def tokenizing(images, out, **more):
     options = {"images": images, "out": out, "image_size": 32, "patch_size": 4, "vocab_size": 64}
-    return ["fit-tokenizer", *words(options | {"kmeans_iters": 40, "precision": "float32"} | more)[1:]]
+    return ["fit-tokenizer", *to_argv(options | {"kmeans_iters": 40, "precision": "float32"} | more)[1:]]
 
 
 def naming(images, tokenizer, out, **more):
     options = {"images": images, "tokenizer": tokenizer, "out": out} | more
-    return ["tokenize", *words(options)[1:]]
+    return ["tokenize", *to_argv(options)[1:]]
 
 
 def files(folder):
@@ -161,7 +161,7 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     recipe = tmp_path / "often.yaml"
     recipe.write_text("checkpoint_interval_min: 1.0e-9\n")
     argv = {
-        name: ["finetune", str(recipe), *words(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")
+        name: ["finetune", str(recipe), *to_argv(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")
     }
     assert killed(argv["whole"], 3, 0, 0) == 0
     assert killed([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
@@ -189,11 +189,13 @@ def test_two_processes_make_the_tokenizer_and_tokens_of_one(quantizer, crops, tm
     one, two = (load_file(tmp_path / name / "codebook.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and one["usage"].sum() == two["usage"].sum() == 12 * 64
     assert (one["usage"] - two["usage"]).abs().sum() <= 12  # sums of other order: a patch may go over
-    told = [
+    descriptions = [
         json.loads((tmp_path / name / "visual_tokenizer.json").read_text())["codebook_stats"] for name in ("one", "two")
     ]
-    health = [{name: value for name, value in one.items() if value is not None} for one in told]  # lfq has no error
-    assert told[0].keys() == told[1].keys() and health[1] == pytest.approx(health[0], rel=0.01)
+    stats = [
+        {name: value for name, value in one.items() if value is not None} for one in descriptions
+    ]  # lfq has no error
+    assert descriptions[0].keys() == descriptions[1].keys() and stats[1] == pytest.approx(stats[0], rel=0.01)
     whole = mapet.tokenize(images=crops, tokenizer=tmp_path / "one", out=tmp_path / "whole")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable]
     subprocess.run([*launch, "-c", PARTS_OF_FIVE, *naming(crops, tmp_path / "one", tmp_path / "shared")], check=True,
@@ -214,12 +216,12 @@ def test_two_processes_learn_what_one_does(shard, objective, options, tmp_path):
     """At the same global batch the losses are equal but for rounding, stochastic depth included, sharded or not."""
     options |= {"drop_path": 0.3, "log_interval": 1, "objective": objective}
     mapet.pretrain(**options)
-    argv = words(options | {"out": tmp_path / "two", "micro_batch_size": 20})
+    argv = to_argv(options | {"out": tmp_path / "two", "micro_batch_size": 20})
     run([*argv, *(["--fsdp"] if shard else [])], processes=2)
     one, two = metrics(tmp_path / "run"), metrics(tmp_path / "two")
     assert [line["step"] for line in two] == [1, 2, 3, 4, 5, 6]
-    for ours, theirs in zip(one, two, strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-5)
+    for ours, expected in zip(one, two, strict=True):
+        assert expected == pytest.approx(ours, rel=1e-5)
     a, b = newest(tmp_path / "run")["model.safetensors"], newest(tmp_path / "two")["model.safetensors"]
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 
@@ -232,14 +234,14 @@ def test_one_two_one(shard, options, tmp_path):
     mapet.pretrain(**(options | {"out": tmp_path / "whole"}))
     for processes in (1, 2):
         sharded = ["--fsdp"] if shard and processes > 1 else []
-        stop_after(3, [*words(options), "--resume", *sharded], processes, options["out"])
+        stop_after(3, [*to_argv(options), "--resume", *sharded], processes, options["out"])
     stopped = len(metrics(options["out"]))
     assert 6 <= stopped < 180
-    run([*words(options), "--resume"])
+    run([*to_argv(options), "--resume"])
     whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "run")
     assert len(parts) == 180
-    for ours, theirs in zip(whole, parts, strict=True):
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-3)
+    for ours, expected in zip(whole, parts, strict=True):
+        assert expected["loss"] == pytest.approx(ours["loss"], rel=1e-3)
 
 
 def stop_after(steps, argv, processes, folder):
@@ -266,10 +268,10 @@ def wait_for(condition, seconds=90):
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(options, tmp_path):
-    """All stop, and the run goes on."""
+    """All stop, and the run resumes."""
     options |= {"epochs": 3000, "log_interval": 1, "checkpoint_interval_min": 1e-9}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *to_argv(options)],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*/trainer_state.json")))
@@ -279,7 +281,7 @@ def test_one_of_two_processes_is_killed(options, tmp_path):
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in error or "exitcode  : -9" in error
     done = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-    stop_after(1, [*words(options), "--resume"], 2, tmp_path / "run")
+    stop_after(1, [*to_argv(options), "--resume"], 2, tmp_path / "run")
     assert sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1] > done
 
 
@@ -297,7 +299,7 @@ def poisoned(monkeypatch, steps):
     monkeypatch.setattr(PretrainingTask, "prepare", prepare)
 
 
-def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
+def test_a_non_finite_step_is_skipped(options, monkeypatch, caplog):
     """The others are made; figures are those of the others."""
     with monkeypatch.context() as patch:
         poisoned(patch, {1, 3})
@@ -310,7 +312,7 @@ def test_a_step_that_is_not_finite_is_left_out(options, monkeypatch, caplog):
     assert "train/few.txt" not in caplog.text and ".png' (inf)" in caplog.text
 
 
-def test_weights_of_a_run_with_a_left_out_step(options, monkeypatch, tmp_path):
+def test_weights_of_a_run_with_a_skipped_step(options, monkeypatch, tmp_path):
     """Nothing of the optimizer moves in a step that is omitted: the step after is Adam's first."""
     poisoned(monkeypatch, {0, 1, 2, 3, 4})
     monkeypatch.setattr(trainer, "MAX_SKIPPED_STEPS", 6)
@@ -384,7 +386,7 @@ def test_spikes_are_logged_with_their_images(few_digits, caplog):
 
 
 def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_dir):
-    """The gradient stays that of the batch; a resumed run goes on with what fitted."""
+    """The gradient stays that of the batch; a resumed run keeps the micro-batch that fitted."""
     from mapet.models.pretraining import ViTForPreTraining
 
     original = ViTForPreTraining.encode
@@ -402,8 +404,8 @@ def test_out_of_memory_halves_the_micro_batch(options, monkeypatch, caplog, run_
     mapet.pretrain(**options, resume=True)
     assert "out of memory with 50 images at a time: continuing with micro_batch_size 25" in caplog.text
     assert caplog.text.count("out of memory") == 2  # 50 and 25, not again after resuming
-    for ours, theirs in zip(metrics(run_dir), metrics(options["out"]), strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-4)
+    for ours, expected in zip(metrics(run_dir), metrics(options["out"]), strict=True):
+        assert expected == pytest.approx(ours, rel=1e-4)
 
 
 def test_not_even_one_image_fits(options, monkeypatch):

@@ -31,8 +31,8 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def every(language: str) -> list:
-    found = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language), 1)]
-    return [pytest.param(page, text, id=f"{page.stem}-{number}") for page, number, text in found]
+    result = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language), 1)]
+    return [pytest.param(page, text, id=f"{page.stem}-{number}") for page, number, text in result]
 
 
 @pytest.fixture(scope="session")
@@ -75,10 +75,10 @@ def test_yaml_is_a_recipe(page, text, tmp_path, monkeypatch):
     match = re.match(r"# (\S+\.yaml), for `mapet (.*)`\n", text)
     assert match, f"{page.name}: begin it with: # NAME.yaml, for `mapet STAGE NAME.yaml ...`"
     (tmp_path / match[1]).write_text(text)
-    name, *words = shlex.split(match[2])
+    name, *args = shlex.split(match[2])
     monkeypatch.chdir(tmp_path)
-    given = {"run": ["--images", "PHOTOS", "--out", "OUT"]}.get(name, []) if "--images" not in words else []
-    assert understood(name, words + given, monkeypatch)
+    given = {"run": ["--images", "PHOTOS", "--out", "OUT"]}.get(name, []) if "--images" not in args else []
+    assert understood(name, args + given, monkeypatch)
 
 
 def test_only_known_blocks():
@@ -185,20 +185,20 @@ def test_messages_of_troubleshooting_are_in_the_source():
 def test_figures_of_concepts_show_what_each_objective_attends_to():
     """The panels of docs/figures.py against the method, and each figure of the page is drawn by it."""
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
-    p = pictures.PREDICTED
-    for rank in pictures.SHOWN:
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    p = figures.PREDICTED
+    for rank in figures.SHOWN:
         before, after = [j < rank for j in range(p)], [j >= rank for j in range(p)]
-        wanted = {
+        expected = {
             "mim": {"mask": [True] * p},
             "pim": {"target": before},
             "mapet": {"target": before, "mask": after},
         }
-        for objective in (pictures.MIM, pictures.PIM, pictures.MAPET):
-            seen = {segment: rows.tolist() for segment, rows in pictures.attended_patches(objective, rank).items()}
-            assert seen.pop("context") == [True] * (1 + pictures.CONTEXT)
-            assert seen == wanted[objective.name], (objective.name, rank)
+        for objective in (figures.MIM, figures.PIM, figures.MAPET):
+            seen = {segment: rows.tolist() for segment, rows in figures.attended_patches(objective, rank).items()}
+            assert seen.pop("context") == [True] * (1 + figures.CONTEXT)
+            assert seen == expected[objective.name], (objective.name, rank)
     source = (DOCS / "figures.py").read_text()
     for name in re.findall(r"\(images/([\w-]+)\.png\)", (DOCS / "concepts.md").read_text()):
-        assert name in source or name.removeprefix("attention-mask-") in wanted
+        assert name in source or name.removeprefix("attention-mask-") in expected

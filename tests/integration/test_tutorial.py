@@ -62,7 +62,7 @@ def test_the_tutorial_reader_can_fail():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_stored_with_its_outputs(path):
-    """Run from top to bottom without an error, with pictures, and small."""
+    """Run from top to bottom without an error, with figures, and small."""
     assert path.stat().st_size < MOST_BYTES
     cells = json.loads(path.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]

@@ -53,7 +53,7 @@ def split(weights, names):
 
 
 def released(vit):
-    """The authors' files: a training pickle of timm's, q and kv apart, a mask token, a head of words."""
+    """The authors' files: a training pickle of timm's, q and kv apart, a mask token, a token head."""
     weights = split(vit.state_dict(), {"q": 1, "kv": 2})
     more = {"mask_token": torch.zeros(1, 1, 32), "head.weight": torch.zeros(64, 32), "head.bias": torch.zeros(64)}
     return {"epoch": 299, "arch": "vit_tiny", "args": argparse.Namespace(lr=1.5e-3), "state_dict": weights | more}
@@ -185,8 +185,8 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
             )
         )  # fmt: skip
         beit.save_pretrained(source)
-        told = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
-        (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(told))
+        preprocessor = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
+        (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         weights = load_file(tmp_path / "beit" / "model.safetensors")  # modules are named otherwise in every version
         names = ("lambda_2", "intermediate.dense.weight", "attention.attention.key.weight")
         scale, linear, projection = (weights[f"encoder.layer.1.{name}"] for name in names)
@@ -240,7 +240,7 @@ def test_another_normalization_goes_into_the_patch_embedding(pre_norm, tmp_path)
 
 
 @pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), input_mean_std(3)])
-def test_one_channel_sees_what_rgb_saw_of_gray_pictures(stats, tmp_path):
+def test_one_channel_equals_rgb_on_gray_images(stats, tmp_path):
     vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY).eval()
     save_timm_folder(vit, tmp_path / "vit", *map(list, stats))
     gray = images(channels=1).sigmoid()
@@ -280,7 +280,7 @@ def test_positions_that_tell_no_grid(tmp_path):
 def test_layer_scale_comes_and_goes_without_a_change(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mapet")
     without, scaled = vit_of(), vit_of(init_values=0.3)
-    for vit, other, said in (
+    for vit, other, warning in (
         (without, scaled, "LayerScale starts at 1"),
         (scaled, without, "multiplied into the layers"),
     ):
@@ -288,7 +288,7 @@ def test_layer_scale_comes_and_goes_without_a_change(tmp_path, caplog):
         start = vit_of(init_values=0.1) if other is scaled else vit_of()
         init_from(start, tmp_path / "vit.pth")
         assert same(start.forward_features(images()), vit.forward_features(images()))
-        assert said in caplog.text
+        assert warning in caplog.text
 
 
 def test_tokens_come_and_go(tmp_path, caplog):
@@ -423,7 +423,7 @@ def test_hugging_face_folders(kind, tmp_path):
         assert same(load_backbone(tmp_path / "vit").eval().forward_features((pixels - mean) / std), expected)
 
 
-def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
+def test_pretraining_starts_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
     """RGB at another grid, without LayerScale, into a run on gray digits."""
     from tests.conftest import PRETRAIN
 
@@ -439,9 +439,9 @@ def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tok
         tmp_path / "vit_standard_tiny.tar", num_heads=2, img_size=(8, 8), patch_size=2, in_chans=1
     ).eval()
     assert same(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
-    for words in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
+    for warning in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
                   "LayerScale starts at 1", "no part of the encoder: head, mask_token"):  # fmt: skip
-        assert words in caplog.text
+        assert warning in caplog.text
 
 
 def test_eps_of_a_folder_is_kept_in_the_function(tmp_path):

@@ -71,14 +71,14 @@ def test_equals_the_released_way(args, fused):
     batch = draw()
     expected, logits = reference_loss(model, batch.images, batch.targets, batch.permutation)
     expected.backward()
-    wanted = gradients(model)
+    reference = gradients(model)
     model.zero_grad()
     step = ForwardBackward(model, FLOAT64, micro_batch=4)
     prediction = joined(step(batch))
     assert torch.allclose(prediction.loss, expected, rtol=1e-12)
     assert prediction.num_correct == (logits.argmax(-1) == prediction.targets).sum()
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
@@ -91,11 +91,11 @@ def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     rough = joined(ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch))
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
-    wanted = gradients(model)
+    reference = gradients(model)
     for name, gradient in gradients(low).items():
         assert gradient.dtype == torch.float32
-        if name != "vit.cls_token" and wanted[name].norm() > 1e-3:
-            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.99, name
+        if name != "vit.cls_token" and reference[name].norm() > 1e-3:
+            assert F.cosine_similarity(gradient.flatten(), reference[name].flatten(), dim=0) > 0.99, name
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 6, 100])
@@ -109,9 +109,9 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.num_correct == whole.prediction.num_correct
-    wanted = gradients(whole)
+    reference = gradients(whole)
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_stochastic_depth_by_given_numbers_is_timm_s():
@@ -129,10 +129,10 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
 
     nothing, always = [0.61] * 3, [0.59] * 3
     assert torch.equal(through(nothing, nothing), rows)
-    kept = through(always, nothing)
-    assert torch.allclose(kept, rows + block.ls1(attended) / 0.6, atol=1e-6)
+    attended_only = through(always, nothing)
+    assert torch.allclose(attended_only, rows + block.ls1(attended) / 0.6, atol=1e-6)
     both = through(always, always)
-    assert torch.allclose(both, kept + block.ls2(block.mlp(block.norm2(kept))) / 0.6, atol=1e-5)
+    assert torch.allclose(both, attended_only + block.ls2(block.mlp(block.norm2(attended_only))) / 0.6, atol=1e-5)
     mixed = through([0.59, 0.61, 0.59], always)
     assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
     model.eval()
@@ -144,7 +144,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
 )
 @settings(max_examples=60, deadline=None)
 def test_blocks_cover_the_table(prefix, c, p, name, seed):
-    """Blocks are consecutive, omit only what nobody sees, and claim to need no mask only where that is so."""
+    """Blocks are consecutive, omit only keys that no query attends to, and claim to need no mask only where that is so."""
     if name == "pim" and prefix + c == 0:
         return
     table = attention_mask(OBJECTIVES[name], prefix, c, p)
@@ -294,6 +294,6 @@ def test_compiled_step_equals_eager():
     compiled.compile()
     results = [joined(ForwardBackward(m, FLOAT64, 6)(draw(6, torch.float32))) for m in (eager, compiled)]
     assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
-    wanted = gradients(eager)
+    reference = gradients(eager)
     for name, gradient in gradients(compiled).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-3, atol=1e-5), name

@@ -139,12 +139,12 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
 def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
     """A dropped branch leaves every row of that sample as it was: a draw per row would leave some."""
     model = make(MAPET, 5, drop_path=0.5).train()
-    found = []
+    result = []
     last = model.vit.blocks[1]
-    last.norm1.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    last.norm2.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+    last.norm1.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
+    last.norm2.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
     model.encode(draw(model, 64))
-    before, after = found
+    before, after = result
     unchanged = (after == before[:, model.layout().output_rows]).all(dim=2)
     assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
     assert 0 < unchanged.all(dim=1).sum() < 64

@@ -23,8 +23,8 @@ def comparisons(**num_correct: int) -> list[dict[str, object]]:
 
 
 def test_better_equal_and_worse_are_named_in_plain_english():
-    found = comparisons(pretrained=600, untrained=400, kmeans=700, hog=598, pixels=300)
-    verdict = judge_with_labels(found, 1000, 500)
+    result = comparisons(pretrained=600, untrained=400, kmeans=700, hog=598, pixels=300)
+    verdict = summarize_comparisons(result, 1000, 500)
     assert verdict.sentence == (
         "The pre-trained backbone is clearly better than untrained and pixels, not clearly different from hog and clearly worse than "
         "kmeans: linear probe 0.600 on 1,000 test images."

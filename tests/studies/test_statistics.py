@@ -123,27 +123,27 @@ def test_pairs_are_of_shared_seeds_and_pooled_by_seed():
 
 
 def test_sentences():
-    def said(a, b, **others):
+    def sentences(a, b, **others):
         cells = [cell(n, i, s, **others) for n, of in (("mapet", a), ("pim", b)) for i, s in enumerate(of)]
         return [describe_difference(row) for row in paired_differences(study(cells))]
 
     start = "At equal epochs, logistic: "
     apart = "mapet is 2.0 points below pim with ratio 0.75 (95 % interval 1.5 to 2.5, 3 seeds, corrected p = 0.003)."
-    assert said([0.482, 0.50, 0.518], [0.5, 0.52, 0.54], ratio="0.75") == [start + apart]
+    assert sentences([0.482, 0.50, 0.518], [0.5, 0.52, 0.54], ratio="0.75") == [start + apart]
     assert (
         "mapet and pim do not differ significantly (mapet is 1.0 points above pim; 95"
-        in said([0.5, 0.6], [0.5, 0.58])[0]
+        in sentences([0.5, 0.6], [0.5, 0.58])[0]
     )
-    assert said([0.5], [0.48]) == [start + "mapet is 2.0 points above pim. One seed: no interval and no test."]
+    assert sentences([0.5], [0.48]) == [start + "mapet is 2.0 points above pim. One seed: no interval and no test."]
     same = "mapet is level with pim. The same in all 2 seeds: no spread and no test."
-    assert said([0.5, 0.6], [0.5, 0.6]) == [start + same]
+    assert sentences([0.5, 0.6], [0.5, 0.6]) == [start + same]
 
 
 def test_best_value_of_a_factor_is_over_what_all_its_values_share():
     scores = {("0.5", 0): 0.40, ("0.5", 1): 0.42, ("0.75", 0): 0.45, ("0.75", 1): 0.43, ("0.5", 2): 0.99}
     compared = study([cell("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()])
-    _, said = describe_findings(compared, paired_differences(compared))
-    assert said == (
+    _, sentences = describe_findings(compared, paired_differences(compared))
+    assert sentences == (
         "At equal epochs, logistic: the ratio of highest mean is 0.75 (0.440; intervals overlap) for mapet."
     )
 

@@ -31,14 +31,14 @@ def cloud(count=600, width=12, seed=0):
 @pytest.mark.parametrize("whiten", [False, True])
 def test_principal_components_are_those_of_numpy(whiten):
     points = cloud()
-    found = principal_components(FeatureStore.from_tensor(points), 4, whiten)
+    result = principal_components(FeatureStore.from_tensor(points), 4, whiten)
     stored = points.half().double().numpy()
     centered = stored - stored.mean(0)
     _, spread, directions = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ directions[:4].T / (spread[:4] / len(points) ** 0.5 if whiten else 1)
-    got = project(points.half().float(), **found).double().numpy()
+    got = project(points.half().float(), **result).double().numpy()
     assert np.allclose(np.abs(got), np.abs(expected), atol=0.02 if whiten else 0.1)  # features are kept as float16
-    signs = found["components"].gather(0, found["components"].abs().argmax(0, keepdim=True))
+    signs = result["components"].gather(0, result["components"].abs().argmax(0, keepdim=True))
     assert (signs > 0).all()
 
 
@@ -187,5 +187,5 @@ def test_teachers_of_the_docs_have_the_grid_and_features_they_promise():
             model = timm.create_model(name, pretrained=False, **({"img_size": (size, size)} if other else {})).eval()
             image = torch.empty(1, 3, size, size)
         last = [len(model.feature_info) - 1]
-        (found,) = model.forward_intermediates(image, indices=last, intermediates_only=True, output_fmt="NCHW")
-        assert found.shape == (1, int(features), 14, 14), name
+        (result,) = model.forward_intermediates(image, indices=last, intermediates_only=True, output_fmt="NCHW")
+        assert result.shape == (1, int(features), 14, 14), name

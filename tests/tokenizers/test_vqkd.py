@@ -176,8 +176,8 @@ def test_what_training_saves_has_the_published_names_and_shapes():
     """Also those of training alone, so that the released code's strict loading takes it."""
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 128, "depth": 2, "num_heads": 2})
     ours = VQKDForTraining(vit, 12, config(20)).beit2_state_dict()
-    theirs = checkpoint()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    reference = checkpoint()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 
 def change(**changes):
@@ -270,7 +270,7 @@ def test_losses_and_straight_through_gradient(monkeypatch):
     images, targets = torch.rand(2, 3, 12, 12).double(), torch.randn(2, 5, 3, 3).double()
     result = model(images, targets)
     result.loss.backward()
-    found = model.tokenizer.encode_task_layer[2].weight.grad
+    actual = model.tokenizer.encode_task_layer[2].weight.grad
 
     features = model.tokenizer(images)
     assert torch.equal(result.features, features.detach().permute(0, 2, 3, 1).reshape(2, -1, 8))
@@ -287,7 +287,7 @@ def test_losses_and_straight_through_gradient(monkeypatch):
     (at_code,) = torch.autograd.grad(reconstruction, leaf)
     surrogate = (features * at_code).sum() + 0.7 * commitment
     (expected,) = torch.autograd.grad(surrogate, model.tokenizer.encode_task_layer[2].weight)
-    assert expected.abs().max() > 0 and torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs().max() > 0 and torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
 
     # and the decoder's gradient at a code is that of finite differences
     step = torch.zeros_like(codes)
@@ -334,9 +334,9 @@ def test_the_codebook_starts_with_k_means():
     model = training(codes=4)
     features = F.normalize(torch.randn(200, 8), dim=1)
     model.init_codebook_kmeans(features, seed=3)
-    found = KMeans(4, max_iter=10, seed=3).fit(features)
-    assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
-    assert torch.equal(model.usage, found.counts / 200)
+    actual = KMeans(4, max_iter=10, seed=3).fit(features)
+    assert torch.equal(model.tokenizer.codebook, actual.centroids / actual.centroids.norm(dim=1, keepdim=True))
+    assert torch.equal(model.usage, actual.counts / 200)
     with refused("vocab_size"):
         model.init_codebook_kmeans(features[:3])
 

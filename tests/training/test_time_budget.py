@@ -37,21 +37,21 @@ def rates(total: int, warmup: int, change_at: int = -1, new_total: int = 0) -> l
     """Learning rates of all steps, with the number of steps changed before one of them."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = create_scheduler(optimizer, total, warmup, 0.5, "constant")
-    found = []
+    result = []
     for step in range(max(total, new_total)):
         if step == change_at:
             schedule.total_steps = new_total
         schedule.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
 
 
 def test_constant_then_decay_against_its_definition():
     """Linear to the peak, constant, then peak - (peak - min) sqrt(fraction of the last fifth): arXiv 2405.18392, equation 1."""
-    found = rates(100, 10)
-    assert found[0] == pytest.approx(1e-6) and found[5] == pytest.approx(1.0, abs=1e-5)
-    assert found[10:81] == [2.0] * 71
-    assert found[81:] == pytest.approx([2.0 - 1.5 * ((step - 80) / 20) ** 0.5 for step in range(81, 100)])
+    result = rates(100, 10)
+    assert result[0] == pytest.approx(1e-6) and result[5] == pytest.approx(1.0, abs=1e-5)
+    assert result[10:81] == [2.0] * 71
+    assert result[81:] == pytest.approx([2.0 - 1.5 * ((step - 80) / 20) ** 0.5 for step in range(81, 100)])
 
 
 @pytest.mark.parametrize(("total", "step", "new_total"), [(50, 30, 200), (200, 60, 90), (20, 15, 19), (3, 1, 40)])

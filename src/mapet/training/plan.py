@@ -95,7 +95,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """What was timed on this machine. Seconds are of all cores or the one device together, per image unless said otherwise.
+    """What was timed on this machine. Seconds are of all cores or the one device together, per image unless stated otherwise.
 
     Attributes:
         training: of a training step, for the first candidates; later ones were not timed, as even the last timed one is too slow.

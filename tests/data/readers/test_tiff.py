@@ -160,7 +160,7 @@ def test_a_fourth_band_is_laid_on_white_only_if_it_is_a_transparency(tmp_path):
     assert np.array_equal(read(tmp_path / "c.tif", 4), values("uint8", 4))
 
 
-def test_pages_are_never_dropped_without_a_word(tmp_path):
+def test_pages_are_never_dropped_silently(tmp_path):
     array = values("uint16", 5)
     (tmp_path / "one").mkdir()
     for name, options in {

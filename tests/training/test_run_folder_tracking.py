@@ -23,7 +23,7 @@ ROWS = [{"step": 5, "loss": 2.5, "lr": 0.1}, {"step": 10, "loss": None}, {"step"
 
 
 class Fake:
-    """A tracker that remembers, and fails or waits where it is told to."""
+    """A tracker that records calls, and fails or waits at given steps."""
 
     def __init__(self, monkeypatch, name="wandb"):
         self.seen, self.configs, self.ids, self.ends = [], [], [], []
@@ -76,7 +76,7 @@ def warnings(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def test_a_run_that_was_stopped_goes_on_in_the_same_one(
+def test_a_stopped_run_resumes_in_the_same_tracker_run(
     few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch, warnings
 ):
     fake = Fake(monkeypatch)
@@ -145,7 +145,7 @@ def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, t
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "run"])
-def test_what_is_not_installed_is_said_before_anything(stage, tmp_path, monkeypatch, capsys):
+def test_a_missing_tracker_is_an_error_before_anything_is_written(stage, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
     option = ["--pretrain.track"] if stage == "run" else ["--tokenizer", "none", "--track"]
     assert main([stage, "--images", "none", "--out", str(tmp_path / "out"), *option, "wandb"]) == 2
@@ -215,8 +215,8 @@ def read_mlflow(folder):
             assert rows.setdefault(point.step, {"step": point.step}).setdefault(name, value) == value
     params = {name: json.loads(value.replace("'", '"')) for name, value in runs[0].data.params.items()}
     assert runs[0].info.status == "FINISHED"
-    found = {("mapet", run.info.run_name, run.info.run_id) for run in runs}
-    return [rows[step] for step in sorted(rows)], found, params
+    result = {("mapet", run.info.run_name, run.info.run_id) for run in runs}
+    return [rows[step] for step in sorted(rows)], result, params
 
 
 def read_trackio(folder):

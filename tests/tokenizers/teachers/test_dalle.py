@@ -71,11 +71,11 @@ def test_written_down(dtype):
     encoder = small()
     images = torch.rand(2, 3, 24, 16, dtype=dtype)
     with torch.no_grad():
-        found = encoder(images)
-    assert found.dtype == dtype and found.shape == (2, 12, 3, 2)
+        result = encoder(images)
+    assert result.dtype == dtype and result.shape == (2, 12, 3, 2)
     exact = plain(encoder.state_dict(), images.double())
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    assert (found - exact).abs().max() < tolerance * exact.abs().max()
+    assert (result - exact).abs().max() < tolerance * exact.abs().max()
 
 
 def thin(encoder):
@@ -116,9 +116,9 @@ def test_the_published_pickle(zipped, tmp_path, monkeypatch):
     assert sum(weight.numel() for weight in loaded.parameters()) == 53_786_240
     images = torch.rand(1, 3, 8, 16)
     with torch.no_grad():
-        found = loaded(images)
-    assert found.shape == (1, 8192, 1, 2)
-    assert torch.allclose(found, plain(expected, images), atol=1e-5)
+        result = loaded(images)
+    assert result.shape == (1, 8192, 1, 2)
+    assert torch.allclose(result, plain(expected, images), atol=1e-5)
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_arrays_of_many_channels(tmp_path):
 def test_no_permission(photo, tmp_path):
     photo.save(tmp_path / "a.png")
     os.chmod(tmp_path / "a.png", 0)
-    if os.geteuid() == 0:  # root may read anything: be nobody for a moment
+    if os.geteuid() == 0:  # root may read anything: become another user for a moment
         for folder in (tmp_path, *tmp_path.parents):
             if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/"):
                 folder.chmod(0o755)

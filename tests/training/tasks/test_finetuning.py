@@ -1,4 +1,4 @@
-"""What fine-tuning's options do, on pictures of one gray each: no view and no flip changes them, and a step can be worked out."""
+"""What fine-tuning's options do, on images of one gray each: no view and no flip changes them, and a step can be worked out."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def one_thread(two_threads):
 
 @pytest.fixture(scope="module")
 def grays(tmp_path_factory):
-    """Six pictures of each of two classes: a is black and b white."""
+    """Six images of each of two classes: a is black and b white."""
     root = tmp_path_factory.mktemp("grays")
     for name, gray in (("a", 0), ("b", 255)):
         (root / name).mkdir()
@@ -85,7 +85,7 @@ def tune(vit, grays, out, **options):
 
 @torch.no_grad()
 def log_chances(vit, whiteness):
-    """Of the classes, by the backbone as it starts, of pictures of a gray each."""
+    """Of the classes, by the backbone as it starts, of images of a gray each."""
     model = load_backbone(vit, global_pool="avg", fc_norm=False).eval()
     pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return model(pixels).log_softmax(1)
@@ -145,9 +145,9 @@ def of(seen, training):
 def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, tmp_path):
     """Of black and white the gray tells how much of each class the target is; it is smoothed as well."""
     _, rows = tune(vit, grays, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
-    trained, judged = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
+    trained, evaluated = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
     assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
-    assert sorted(judged.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
+    assert sorted(evaluated.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
     white = trained * 0.8 + 0.1
     targets = torch.stack([1 - white, white], dim=1)
     assert rows[0]["loss"] == pytest.approx(float(-(targets * log_chances(vit, trained)).sum(1).mean()), rel=1e-4)
@@ -238,7 +238,7 @@ def interrupt(monkeypatch, at):
 
 @pytest.mark.parametrize("at", [0, 4, 5, 11])
 def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, grays, tmp_path, monkeypatch):
-    """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, to the bit."""
+    """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, bit-exact."""
     options = ALL_THAT_IS_DRAWN
     whole = tune(vit, grays, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
@@ -267,16 +267,17 @@ def test_fine_tuning_records_accuracy_and_provenance_together(vit, grays, tmp_pa
     assert {"accuracy", "provenance"} <= RunState.read(tmp_path / "out").results.keys()
 
 
-def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_fine_tuning_says_how_to_resume(vit, grays, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         with pytest.raises(Interrupted):
             tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN)
     for argv in (["export"], ["evaluate", "--images", str(grays)]):
         assert main([*argv, "--backbone", str(tmp_path / "out"), "--out", str(tmp_path / "x")]) == 2
-        told = capsys.readouterr().err
+        message = capsys.readouterr().err
         assert (
-            f"Resume with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
+            f"Resume with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in message
+            and "newest" not in message
         )
     assert main(["finetune", "--backbone", str(vit), "--images", str(grays), "--resume"]) == 2
     assert "give --out" in capsys.readouterr().err
@@ -289,22 +290,29 @@ def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monke
 def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeypatch, capsys):
     options = ONE_STEP | CPU | {"backbone": vit, "images": grays, "test_images": grays}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
-    judged = iter([3, 6, 12])
+    evaluated = iter([3, 6, 12])
     classes = torch.arange(12) % 2
     monkeypatch.setattr(  # so many of 12 are right
-        finetuning, "classify_images", lambda *_: (torch.eye(2)[classes ^ (torch.arange(12) >= next(judged))], classes)
+        finetuning,
+        "classify_images",
+        lambda *_: (torch.eye(2)[classes ^ (torch.arange(12) >= next(evaluated))], classes),
     )
-    go_on = f"saved. Resume with: mapet finetune {tmp_path}/out/config.yaml --resume"
-    for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
+    hint = f"saved. Resume with: mapet finetune {tmp_path}/out/config.yaml --resume"
+    for at, resume, message in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
         with monkeypatch.context() as patch:
             interrupt(patch, at)
-            with pytest.raises(Interrupted, match=f"{told}, {go_on}"):
+            with pytest.raises(Interrupted, match=f"{message}, {hint}"):
                 mapet.finetune(**options, seed=4, num_seeds=3, out=tmp_path / "out", resume=resume)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
-    told = RunState.read(tmp_path / "out").results
+    message = RunState.read(tmp_path / "out").results
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
     figure = mean_over_seeds(list(scores.values()))
-    assert told == {"accuracy": figure.value, "ci95_low": figure.ci_low, "ci95_high": figure.ci_high, "seeds": scores}
+    assert message == {
+        "accuracy": figure.value,
+        "ci95_low": figure.ci_low,
+        "ci95_high": figure.ci_high,
+        "seeds": scores,
+    }
     splits = {
         RunState.read(tmp_path / "out" / name).results["provenance"]["finetuned"][0]["images"]["hash"]
         for name in scores
@@ -319,17 +327,18 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
         ["--lr", "0.5"],
     ):  # not the figures of before under another name
         assert main([*again, *options_now]) == 2
-        told = capsys.readouterr().err
+        message = capsys.readouterr().err
         assert (
-            "was started with another config" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
+            "was started with another config" in message
+            and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in message
         )
-    judged = iter([3])
+    evaluated = iter([3])
     assert main([*again, "--num-seeds", "4"]) == 0
     assert main(again) == 0 and "num_seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
     assert set(RunState.read(tmp_path / "out").results["seeds"]) == {"seed-4", "seed-5", "seed-6", "seed-7"}
     with refused("seed-4"):
         load_backbone(tmp_path / "out")
-    judged = iter([3, 9])
+    evaluated = iter([3, 9])
     assert mapet.finetune(**options, num_seeds=2) == 0.5
 
 

@@ -85,12 +85,12 @@ def test_features_are_those_of_open_clip(name, kind, tmp_path):
     with torch.inference_mode():
         normal = (images / 255 - mean) / std
         last = 11 if name.startswith("vit") else 4
-        theirs = model.visual.forward_intermediates(
+        reference = model.visual.forward_intermediates(
             normal, indices=[last], intermediates_only=True, normalize_intermediates=False
         )
-    theirs = theirs["image_intermediates"][0]
-    assert ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+    reference = reference["image_intermediates"][0]
+    assert ours.shape == reference.shape
+    assert torch.allclose(ours, reference, rtol=1e-4, atol=1e-4 * reference.abs().max())
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -167,9 +167,9 @@ def test_vqkd_clip_gives_the_targets_of_beit_v2(tmp_path):
     with torch.inference_mode():
         expected = beit2_targets(weights, (images / 255 - mean) / std)
     teacher = teacher_of("vqkd-clip", (224, 224), 16, teacher_checkpoint=str(path))
-    found = teacher(images)
-    assert found.shape == (2, 512, 14, 14) and teacher.native_grid == (14, 14)
-    error = found.flatten(2).transpose(1, 2) - expected
+    result = teacher(images)
+    assert result.shape == (2, 512, 14, 14) and teacher.native_grid == (14, 14)
+    error = result.flatten(2).transpose(1, 2) - expected
     assert error.abs().max() < 1e-4 * expected.abs().max()
     assert teacher.settings["output"] == "projection"
 
