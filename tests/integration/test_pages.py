@@ -73,7 +73,7 @@ def test_python_runs(page, code, place):
 def test_yaml_is_a_recipe(page, text, tmp_path, monkeypatch):
     """Its first line names it and its command, which takes it."""
     match = re.match(r"# (\S+\.yaml), for `mapet (.*)`\n", text)
-    assert match, f"{page.name}: begin it with: # NAME.yaml, for `mapet STAGE NAME.yaml ...`"
+    assert match, f"{page.name}: begin it with: # NAME.yaml, for `mapet COMMAND NAME.yaml ...`"
     (tmp_path / match[1]).write_text(text)
     name, *args = shlex.split(match[2])
     monkeypatch.chdir(tmp_path)
