@@ -17,6 +17,14 @@ BREAKS = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?:\s|\\n)*(?:\n|\\n)[\s#*\"',]*
 """Where a name has its next part, and line breaks of text, comments and notebooks: a space for the search."""
 
 
+NAMES = {
+    name
+    for line in PAGE.read_text(encoding="utf-8").split("## Names")[1].split("## Refused")[0].splitlines()
+    for quoted in re.findall(r"`([^`]+)`", "".join(line.split("|")[1:2]))
+    for name in re.findall(r"[A-Za-z][\w.-]*", quoted)
+}
+
+
 def inflected(term: str) -> str:
     """Return a pattern for a term with any ending: `judge` also finds judges, judged and judging."""
     words = [re.escape(re.sub(r"(?:e|ed|s)$", "", word)) for word in term.split()]
@@ -45,6 +53,14 @@ def test_no_refused_term():
             refused += [f"{file.relative_to(ROOT)}: ...{line}..." for line in find_refused(text)]
     assert texts > 200
     assert not refused, "\n".join(refused)
+
+
+def test_names_of_the_page_are_in_the_source():
+    files = (ROOT / "src").rglob("*.py")
+    known = set(re.findall(r"[A-Za-z][\w.-]*|\w+", "\n".join(file.read_text(encoding="utf-8") for file in files)))
+    known |= {part for name in known for part in name.split(".")}
+    assert len(NAMES) > 100
+    assert not NAMES - known
 
 
 def test_the_search_finds_them():

@@ -359,7 +359,7 @@ def test_balanced_accuracy_and_auroc_lead_on_imbalanced_test_images(untrained, s
         assert {row["metric"] for row in csv.DictReader(file)} < {*accuracies}
 
 
-def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path, caplog):
+def test_a_fine_tuned_model_is_evaluated_by_its_own_classifier(run_dir, small, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     accuracy = mapet.finetune(
         backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,

@@ -243,7 +243,7 @@ def test_all_of_it_on_the_command_line(few_digits, tmp_path, capsys):
     )
 
 
-def test_a_cell_may_be_judged_otherwise_until_it_is(few_digits, tmp_path):
+def test_evaluation_options_of_a_trial_may_change_until_it_is_evaluated(few_digits, tmp_path):
     """It was pre-trained for hours, perhaps, and then there were fewer labels than were asked for. One name that varies is compared."""
     lines = few_digits.read_text().splitlines()
     test_images = few_digits.parent / "imbalanced.txt"

@@ -157,7 +157,7 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
     )
 
 
-def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
+def test_another_folder_is_evaluated_on_shared_classes(sets, tmp_path):
     """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
     other = LabeledSet.from_images(list_images(save(tmp_path / "other", reddish, 5, spread=5)))

@@ -135,7 +135,7 @@ def test_bags():
     assert bag_of_tokens_probe(new, labels, test, 65).accuracy > 0.85
 
 
-def test_the_bag_of_imbalanced_images_is_judged_by_the_balanced_accuracy():
+def test_the_bag_of_imbalanced_images_has_the_balanced_accuracy():
     """Tokens that say nothing of two classes of unequal size: the accuracy is high, the balanced accuracy at chance."""
     tokens, labels, test = textures()
     assert bag_of_tokens_probe(tokens, torch.arange(400) % 4, torch.arange(400) < 80, 64).balanced_accuracy is None

@@ -16,6 +16,7 @@ import yaml
 from markdown.extensions.toc import slugify
 
 import mapet
+from mapet.cli import create_parser
 from mapet.commands import COMMANDS
 from mapet.models.export_formats import FORMATS
 from tests.integration.test_docs import ROOT, understood
@@ -118,7 +119,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(to), target
 
 
-def test_every_recipe_extra_and_stage_has_its_place():
+def test_every_recipe_extra_and_command_has_its_place():
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert re.search(rf"^\| `{recipe.name}` \|", (DOCS / "recipes.md").read_text(), flags=re.M), recipe.name
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -126,9 +127,30 @@ def test_every_recipe_extra_and_stage_has_its_place():
     for extra in project["optional-dependencies"]:
         assert f"| `{extra}` |" in install, extra
     api = (DOCS / "api.md").read_text()
-    for stage in COMMANDS.values():
-        for documented in (stage, stage.config_type):
+    for command in COMMANDS.values():
+        for documented in (command, command.config_type):
             assert f"::: {documented.__module__}.{documented.__name__}\n" in api
+
+
+def flags_of(command) -> set[str]:
+    return {flag for action in create_parser(command)._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_options_in_prose_exist(page):
+    """Each option at the start of inline code is one of a command, or a field of a config: `--mask-ratio 0.5`, `--pretrain.epochs 10`."""
+    others = {"--help", "--help-all", "--rdzv-endpoint"}
+    known = others.union(*map(flags_of, COMMANDS.values()))
+    for name in re.findall(r"`(--[a-z][\w.-]*)", page.read_text()):
+        assert name in known, name
+
+
+def test_recipes_page_names_options_without_a_flag():
+    page = (DOCS / "recipes.md").read_text()
+    sections = {"fit_tokenizer", "tokenize", "pretrain", "finetune"}
+    for command in COMMANDS.values():
+        for name in command.config_type.model_fields.keys() - sections:
+            assert f"--{name.replace('_', '-')}" in flags_of(command) or f"`{name}`" in page, name
 
 
 def test_export_page_has_every_format():

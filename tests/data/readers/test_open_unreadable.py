@@ -57,7 +57,7 @@ def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_truncated_jpegs_are_judged_as_pillow_does(photo, tmp_path, progressive):
+def test_truncated_jpegs_are_accepted_as_pillow_does(photo, tmp_path, progressive):
     """Wherever the file is cut, or a bit of it flipped: the fast decoder takes nothing that Pillow refuses."""
     rng = np.random.default_rng(1)
     path = tmp_path / "x.jpg"

@@ -174,16 +174,16 @@ def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, grays,
     assert not any(hasattr(block.drop_path1, "drop_prob") for block in saved.blocks)
 
 
-def test_moving_average_is_judged_and_saved(monkeypatch, vit, grays, tmp_path):
-    """The same training twice: judged are the weights of each step, and with `ema` their average, worked out here."""
+def test_moving_average_is_evaluated_and_saved(monkeypatch, vit, grays, tmp_path):
+    """Train twice: the weights of each step are evaluated, and with `ema_decay` their average, worked out here."""
     weights = []
 
-    def judge(model, *rest):
+    def classify(model, *rest):
         weights.append(model.head.weight.detach().clone())
         return original(model, *rest)
 
     original = finetuning.classify_images
-    monkeypatch.setattr(finetuning, "classify_images", judge)
+    monkeypatch.setattr(finetuning, "classify_images", classify)
     tune(vit, grays, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
