@@ -94,7 +94,7 @@ def run_one(args: argparse.Namespace) -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Run every speed benchmark in a process of its own. Leave the machine alone meanwhile."""
+    """Run every speed benchmark in its own process. Nothing else should run meanwhile."""
     failed = []
     for name, options in SPEED.items():
         benchmark = name.partition("-")[0]

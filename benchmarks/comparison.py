@@ -56,7 +56,7 @@ GROUPS = {
 
 @dataclass
 class Benchmark:
-    """Images, how the ViT sees them, and seconds of one core for each run.
+    """Images, input size of the ViT, and seconds of one core for each run.
 
     Attributes:
         train: text file of images; their labels are used by probes alone.
@@ -76,7 +76,7 @@ class Benchmark:
     lightly: Path | None
 
     def tokens(self) -> float:
-        """Make tokenizer and tokens, once for all runs; returns seconds of one core, which count for each run."""
+        """Fit tokenizer and tokens once for all runs; return seconds of one core, added to each run."""
 
         def work() -> float:
             remove(self.out / "tokenizer", self.out / "tokens")
@@ -89,7 +89,7 @@ class Benchmark:
         return cached(self.out / "tokens.json", work)
 
     def pretrain(self, method: str, seed: int, epochs: int, folder: Path) -> float:
-        """Leave a timm folder at folder/backbone; returns seconds of one core."""
+        """Write a timm folder at folder/backbone; return seconds of one core."""
         remove(folder)
         log = folder.with_suffix(".txt")
         if not method.startswith("lightly-train"):
@@ -178,7 +178,7 @@ def cpu_seconds(command: list[object], log: Path) -> float:
 
 
 def remove(*folders: Path) -> None:
-    """Remove what a run that was stopped left."""
+    """Remove the files of an interrupted run."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 

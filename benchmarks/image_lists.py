@@ -110,7 +110,7 @@ def write_shards(folder: Path, count: int) -> None:
 
 
 def shuffles(count: int) -> list[Row]:
-    """How far an epoch's order is from that on disk, where neighbors are alike."""
+    """Measure how far an epoch's order is from that on disk."""
     orders: dict[str, Callable[[int], np.ndarray]] = {
         "full shuffle (mapet)": lambda epoch: np.random.default_rng([0, epoch]).permutation(count),
         "buffer of 1,000": lambda epoch: buffered(count, 1_000, epoch),

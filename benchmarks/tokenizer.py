@@ -147,7 +147,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
 
 
 def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, compute: ComputeContext) -> Row:
-    """Rate of the matrix product that a round consists of."""
+    """Rate of the matmul of an iteration."""
     x = features[:2048].to(dtype)
     centroids = torch.randn(features.shape[1], vocab_size, dtype=dtype, device=compute.device)
     table = torch.empty(len(x), vocab_size, dtype=dtype, device=compute.device)
@@ -157,7 +157,7 @@ def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, co
 
 
 def modes(features: torch.Tensor, args: argparse.Namespace, compute: ComputeContext) -> list[Row]:
-    """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
+    """Error and time of each metric, initialization and batch; faiss from the same centroids, with all points."""
     rows: list[Row] = []
     metrics: list[Literal["l2", "cosine"]] = ["l2", "cosine"]
     for metric in metrics:

@@ -30,7 +30,7 @@ from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile
 
 VOCAB_SIZE = 8192
 REFERENCE_ROUNDS = 3
-"""Its steps are seconds long."""
+"""Few iterations, as steps take seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

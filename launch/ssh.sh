@@ -12,7 +12,7 @@ printf -v path '%q' "$PATH"
 nodes=() keyboards=()
 trap 'for keys in "${keyboards[@]}"; do printf "\003" >&"$keys"; done' INT TERM
 for rank in "${!hosts[@]}"; do
-    # A terminal of its own (-tt), so that what runs there gets our Ctrl-C, and ends with the connection.
+    # A terminal (-tt), so that remote processes get Ctrl-C, and end with the connection.
     exec {keys}<> <(:) # a pipe to type it into
     keyboards+=("$keys")
     ssh -tt "${hosts[$rank]}" "cd $here && PATH=$path OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec torchrun \

@@ -1,4 +1,4 @@
-"""End commands before and after each of their writes, renames, truncations and deletions, resume them, and compare with a whole run.
+"""End commands before and after each of their writes, renames, truncations and deletions, resume them, and compare with an uninterrupted run.
 
     python -m tests.crash_points [--state STATE.json] [--sample N] [COMMAND ...]
 
@@ -125,7 +125,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 class Workshop:
-    """Inputs of all commands in a temporary folder, and for each command the digest and the number of events of a whole run."""
+    """Inputs of all commands in a temporary folder, and for each command the digest and the number of events of an uninterrupted run."""
 
     def __init__(self, folder: Path) -> None:
         from mapet.data.digits import write_digits
@@ -140,7 +140,7 @@ class Workshop:
         self.whole: dict[str, tuple[dict[str, str], int]] = {}
 
     def argv(self, command: str) -> list[str]:
-        """Return the arguments of a command, without `out`; inputs that other commands make are made by whole runs of them."""
+        """Return the arguments of a command, without `out`; inputs from other commands come from uninterrupted runs of them."""
         images, made = (
             ["--images", str(self.folder / "images")],
             lambda name: str(self.folder / f"whole-{name}" / "out"),

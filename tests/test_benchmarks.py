@@ -113,7 +113,7 @@ def test_ends_by_itself(tmp_path, capsys):
 
 
 def test_images_of_the_file(tmp_path):
-    """Each is what a JPEG of it alone would be: none sees its neighbors. Order and labels are those of the archive."""
+    """Each equals a JPEG of the image alone, unaffected by its neighbors. Order and labels are those of the archive."""
 
     def decoded(content):
         return Image.open(io.BytesIO(content)).convert("RGB")

@@ -21,7 +21,7 @@ from mapet.evaluation.logistic_regression import fit_logistic
 from mapet.models.backbone import load_backbone
 from mapet.run_state import RunState
 from tests.conftest import save_crops
-from tests.refused import refused
+from tests.refused import fails, refused
 
 QUICK = {"device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2, "controls": "none"}
 
@@ -140,24 +140,30 @@ def test_unlabeled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "named", "field", "value"),
     [
-        (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
-        (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
-        (["--few-shot", "30", "--protocols", "few-shot"], "has 16 training images, fewer than --few-shot 30"),
-        (["--protocols", "ood"], "needs another labeled folder: give --ood-images"),
-        (
-            ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
-            "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",
-        ),
-        (["--backbone", "runs/typo"], "runs/typo does not exist: expected a run, a folder"),
-        (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--protocols", "knnn"], ["'knnn'", "'knn'"], "protocols", "knnn"),
+        (["--few-shot", "2.5"], ["--few-shot", "2.5"], "few_shot", "2.5"),
+        (["--few-shot", "30", "--protocols", "few-shot"], ["--few-shot", "16 training images"], "few_shot", (30,)),
+        (["--protocols", "ood"], ["'ood'", "--ood-images"], "protocols", "ood"),
+        (["--backbone", "vit_tiny_patch16_224.augreg_in21k"], ["'timm:vit_tiny_patch16_224.augreg_in21k'"], None, None),
+        (["--backbone", "runs/typo"], ["runs/typo"], None, None),
+        (["--backbone", "random:vit_tinny_patch16_224"], ["'vit_tiny_patch16_224'"], None, None),
     ],
 )
-def test_errors_name_the_option(args, message, untrained, small, tmp_path, capsys):
-    argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--device", "cpu", *args]) == 2
-    assert message in capsys.readouterr().err
+def test_errors_name_the_option(args, named, field, value, untrained, small, tmp_path, capsys):
+    argv = [
+        "evaluate",
+        "--backbone",
+        untrained,
+        "--images",
+        small / "train",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    fails(capsys, *argv, *args, named=named, field=field, value=value)
 
 
 INSTANCES, MASKS = "instances.json", "masks"
@@ -198,28 +204,27 @@ def command(backbone, out, args):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("args", "named"),
     [
-        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need --test-annotations"),
+        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "--test-annotations"),
         ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "--test-seg-masks"),
         ("--images {0} --test-images {0}", "--test-seg-masks"),  # masks that are found there
-        ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
-        ("--images {0}/images --test-seg-masks {0}/masks", "--test-seg-masks and --ignore-labels are for masks of the training images"),
-        ("--images {0}/images --ignore-labels 0", "--test-seg-masks and --ignore-labels are for masks of the training images"),
-        ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "evaluate one after the other"),
-        ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "evaluate one after the other"),
-        ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "evaluate one after the other"),
+        ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations"),
+        ("--images {0}/images --test-seg-masks {0}/masks", "--ignore-labels"),
+        ("--images {0}/images --ignore-labels 0", "--ignore-labels"),
+        ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "--annotations"),
+        ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "--annotations"),
+        ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "--annotations"),
         ("--images {0}/ade --test-images {0}/images", "ADE20K"),
         ("--images {0}/ade --test-seg-masks {0}/masks", "ADE20K"),
-        ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
-        ("--images {0}/images --ood-images a={0}", "for --ood-images"),
-        ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images are matched by class"),
-        ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
+        ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images"),
     ],
 )  # fmt: skip
-def test_options_that_would_do_nothing_are_refused(args, message, untrained, annotated, tmp_path, capsys):
-    assert main(command(untrained, tmp_path / "out", args.format(annotated))) == 2
-    assert message in capsys.readouterr().err
+def test_options_that_would_do_nothing_are_refused(args, named, untrained, annotated, tmp_path, capsys):
+    fails(capsys, *command(untrained, tmp_path / "out", args.format(annotated)), named=[named])
     assert not (tmp_path / "out").exists()
 
 
@@ -271,7 +276,7 @@ def test_default_few_shot_splits_skip_those_a_class_is_too_small_for(uneven, sma
 
 
 def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
-    """As does Ctrl-C in a long evaluation, with the protocols that the interrupted one had ended."""
+    """Keep the table of the backbones before, as Ctrl-C in a long evaluation does, with the protocols finished so far."""
     from mapet.evaluation.protocols import PROTOCOLS, Protocol
 
     def fails_later(context):
@@ -291,13 +296,22 @@ def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small
 
 
 def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):
-    argv = ["evaluate", "--backbone", str(untrained), "--images", str(crops), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--protocols", "logistic"]) == 2
-    assert "has no labels" in capsys.readouterr().err
+    argv = [
+        "evaluate",
+        "--backbone",
+        untrained,
+        "--images",
+        crops,
+        "--out",
+        tmp_path / "out",
+        "--protocols",
+        "logistic",
+    ]
+    fails(capsys, *argv, named=[crops, "CLASS/image.jpg"])
 
 
 def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path, monkeypatch):
-    """The second folder has three of the ten classes and one that training doesn't know."""
+    """The second folder has three of the ten classes and one unknown in training."""
     for name in "137":
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).symlink_to(small / "test" / name)

@@ -78,7 +78,7 @@ def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
 
 
 def test_released_weights_for_timm(crops, tmp_path):
-    """The command that converts the authors' files."""
+    """Run the command that converts the authors' files."""
     vit = vit_of(init_values=0.1)
     torch.save(released(vit), tmp_path / "vit_standard_tiny_patch16_224.tar")
     argv = ["--backbone", str(tmp_path / "vit_standard_tiny_patch16_224.tar"), "--out", str(tmp_path / "timm")]
@@ -113,7 +113,7 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
         given = model(processor(originals, return_tensors="pt")["pixel_values"])
         expected = vit.forward_features(normalize(torch.from_numpy(arrays).movedim(-1, 1), channels))
     assert same(given.last_hidden_state, expected) and same(given.pooler_output, expected[:, 0])
-    if size[0] == size[1]:  # a whole photograph: cut and resized alike, but for rounding
+    if size[0] == size[1]:  # a full photograph: equal crop and resize up to rounding
         whole = Image.open(next(crops.iterdir())).convert(mode)
         mapets = mapet_view(whole, size, tmp_path)
         reference = processor(whole, return_tensors="pt")["pixel_values"][0]
@@ -145,7 +145,7 @@ def mapet_view(image, size, tmp_path):
     ],
 )
 def test_classifiers_for_transformers(options, name, crops, tmp_path):
-    """Of the class token, or of the mean of the patches, as `finetune` trains it; and back."""
+    """Export classifiers of the class token and of the mean of the patches, as `finetune` trains them; and import them."""
     transformers = pytest.importorskip("transformers")
     vit = save_vit(tmp_path / "vit", classes=3, **options)
     out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
@@ -180,7 +180,7 @@ def test_what_transformers_can_t_be(options, reason, crops, tmp_path):
 
 
 def test_onnx(crops, tmp_path):
-    """Any number of images, a size of one's own."""
+    """Run ONNX with other batch sizes and image sizes."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     save_vit(tmp_path / "vit", classes=3, reg_tokens=1)
@@ -267,7 +267,7 @@ def test_a_finetuning_is_repeated_by_its_recipe(digits, run_dir, tmp_path):
 
 
 def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
-    """A pre-trained teacher's, through two fine-tunings, with the run gone; that of weights from elsewhere; none."""
+    """The card names a pre-trained teacher through two fine-tunings with the run deleted, and external weights."""
 
     def card_of(name):
         mapet.export(backbone=tmp_path / name / "model", out=tmp_path / f"{name}-out")
@@ -375,7 +375,7 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
-    """With another name in visual_tokenizer.json: what leans on a pre-trained network says so."""
+    """A card names the pre-trained network that visual_tokenizer.json names."""
     from mapet.reports.model_card import read_provenance
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,

@@ -1,4 +1,4 @@
-"""The stages together: exact resume, stored = online, start from weights, Ctrl-C, the whole run."""
+"""The commands together: exact resume, stored = online tokens, start from weights, Ctrl-C, `run`."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def test_backbone_is_the_trained_vit(run_dir):
 
 
 class StopAt:
-    """Ask the loop to stop as a signal would, at a given step."""
+    """Request a stop at a given step, as a signal does."""
 
     def __init__(self, monkeypatch, step):
         from mapet.training import trainer
@@ -126,7 +126,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 
 def test_a_run_that_ends_within_an_epoch(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch, caplog):
-    """5 steps of 3 per epoch: logged, probed and saved at the end, with the learning rate's schedule over 5; resumed exactly."""
+    """5 steps of 3 per epoch: logged, probed and saved at the end, with a schedule of 5 steps; resumed exactly."""
     options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir}
     options |= PRETRAIN | {"epochs": 1.7, "probe_every": 4, "warmup_epochs": 0, "min_lr": 1e-5}
     with caplog.at_level("INFO", "mapet"):
@@ -195,7 +195,7 @@ def test_init_from_starts_a_new_run_from_the_weights(run_dir, few_digits, tokeni
 
 @pytest.mark.parametrize("views", ["center", "center-flip", "random-crop"])
 def test_stored_and_online_tokens_agree(views, crops, tmp_path):
-    """The ids in the store are those that the teacher in the loop gives for the very view that the student sees."""
+    """Stored ids equal those that the online teacher gives for the student's view."""
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     mapet.tokenize(images=crops, tokenizer=tmp_path / "t", out=tmp_path / "s", views=views)
     images, tokenizer = list_images(crops), load_tokenizer(tmp_path / "t")
@@ -290,7 +290,7 @@ def test_evaluate_finetune_figures_export(run_dir, digits, tmp_path, few_digits)
 
 
 def test_finetuning_keeps_the_pretrained_norm(run_dir):
-    """Mean pooling must not replace the final norm by a fresh one."""
+    """Mean pooling must keep the pre-trained final norm."""
     vit = load_backbone(run_dir, num_classes=10, global_pool="avg", fc_norm=False)
     saved = load_file(run_dir / "backbone" / "model.safetensors")
     assert torch.equal(vit.norm.weight, saved["norm.weight"])
@@ -353,7 +353,7 @@ def test_any_size_channels_and_tokens(size, patch, channels, args, ratio, num_co
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    """The loss falls, and the run can be loaded and looked at."""
+    """The loss falls, and the run can be loaded and reported."""
     changed = PRETRAIN | {"epochs": 4, "lr": 3e-3} | options
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=tmp_path / "run", **changed)
     metrics = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
@@ -365,7 +365,7 @@ def test_other_objectives_and_ablations_train(options, few_digits, tokenizer_dir
 
 
 def test_blockwise_masks_are_drawn_for_the_number_of_masked_patches(few_digits, tokenizer_dir, tmp_path):
-    """Blocks fill the mask of the ratio; of two ratios that of the larger one."""
+    """Blocks fill the mask of the ratio, or of the larger of two ratios."""
     for ratio, num_context in (((0.25, 0.25), 12), ((0.25, 0.75), 4)):
         options = PRETRAIN | {"patch_order": "blockwise", "mask_ratio": ratio}
         config = PretrainConfig(images=few_digits, tokenizer=tokenizer_dir, out=tmp_path, **options)
@@ -478,7 +478,7 @@ def test_run_does_all_stages_and_resumes(digits, few_digits, tmp_path, monkeypat
 
 
 def test_a_run_that_was_moved_has_its_own_tokenizer(digits, tmp_path, monkeypatch):
-    """Its recipe names a relative folder, where another run may lie since; so do its images, which move too; and the run resumes."""
+    """Its config has relative paths, where another run may be now; its images move too; and the run resumes."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(digits / "test", tmp_path / "images")
     small = {"model_args": {"embed_dim": 16, "depth": 1, "num_heads": 1}, "epochs": 1, "probe_every": 0}
@@ -524,7 +524,7 @@ def test_features_of_probes_that_the_vit_lacks_are_refused_at_once(
 def test_a_tokenizer_or_images_that_were_exchanged_are_refused(
     few_digits, digits, tokenizer_dir, tmp_path, monkeypatch
 ):
-    """A run that tokenizes as it goes is bound to them by its checkpoints alone."""
+    """Without stored tokens, checkpoints alone bind a run to its tokenizer and images."""
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, tokenizer)
     options = {"images": few_digits, "tokenizer": tokenizer, "out": tmp_path / "run", **PRETRAIN}
@@ -607,7 +607,7 @@ def test_bfloat16_is_used_and_agrees_with_float32(few_digits, tokenizer_dir, tok
 
 
 def test_automatic_values_are_recorded_and_kept_on_resume(few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch):
-    """What memory or the number of cores decided at the start stays decided."""
+    """Automatic values of memory and cores at the start are kept on resume."""
     automatic = {key: value for key, value in PRETRAIN.items() if key not in ("batch_size", "lr", "log_interval")}
     options = {
         "images": few_digits,
@@ -663,7 +663,7 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
 
 
 def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
-    """Every step sees all of them, and the learning rate is for so many."""
+    """Every step has all of them, and the learning rate is that of so many."""
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
     mapet.pretrain(**given | PRETRAIN | {"epochs": 1, "batch_size": 2048, "lr": None})
     recipe = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -675,7 +675,7 @@ def test_a_batch_larger_than_all_images(few_digits, tokenizer_dir, tokens_dir, t
 
 
 def test_a_small_learning_rate_never_rises(few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    """Below the least one of the schedule it stays where it is after the warm-up."""
+    """A learning rate below `min_lr` is constant after the warm-up."""
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": tmp_path / "run"}
     mapet.pretrain(**given | PRETRAIN | {"lr": 5e-7, "log_interval": 1, "warmup_epochs": 0.5, "min_lr": 1e-5})
     rates = [json.loads(line).get("lr", 0) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

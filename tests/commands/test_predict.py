@@ -1,4 +1,4 @@
-"""`predict`: what a fine-tuned model says of images, in both formats, whole or killed."""
+"""`predict`: labels and probabilities in both formats, uninterrupted or killed."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def rows_of(path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_path):
-    """By timm alone, from the model's folder; the accuracy of the labels is the one that fine-tuning has measured."""
+    """Equal to timm's from the model's folder; the accuracy of the labels is the one that fine-tuning measured."""
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     out = mapet.predict(backbone=tuned, images=digits / "test", out=tmp_path / f"predictions{suffix}", **CPU)
@@ -68,7 +68,7 @@ def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_pat
 
 
 def test_held_out_probabilities_are_calibrated(tuned, digits, tmp_path):
-    """Of the images that they were calibrated on, the likelihood is at its best: T times 1.3 either way is worse."""
+    """On the calibration images the likelihood is maximal: T times or over 1.3 is worse."""
     mapet.predict(backbone=tuned, images=digits / "test", out=tmp_path / "p.csv", **CPU)
     chances = np.array([float(row[f"probability:{row['id'].split('/')[0]}"]) for row in rows_of(tmp_path / "p.csv")])
     calibration = RunState.read(tuned).results["calibration"]
@@ -78,7 +78,7 @@ def test_held_out_probabilities_are_calibrated(tuned, digits, tmp_path):
 
 @pytest.fixture
 def awkward(digits, tmp_path):
-    """Ids that a spreadsheet would run, quotes, bytes that are no UTF-8, and an unreadable file."""
+    """Ids that are spreadsheet formulas, quotes, bytes that are not UTF-8, and an unreadable file."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate(

@@ -171,24 +171,24 @@ def screen(browser, request):
 
 
 def shown_range(browser):
-    """What the first chart says it shows: 'steps 10 to 1,000'."""
+    """Return the range in the first chart's label: 'steps 10 to 1,000'."""
     label = browser.execute_script("return document.querySelector('.chart .plot').ariaLabel")
     result = re.search(r"(?:step|epoch)s [\d.,]+ to [\d.,]+", label)
     return result and result[0].rstrip(".")
 
 
 def num_lines(browser):
-    """Lines that the first chart draws, as its graph has them."""
+    """Return the lines of the first chart's graph."""
     return browser.execute_script("return charts.charts[0].plot.series.slice(1).filter(one => one.show).length")
 
 
 def text(browser, selector):
-    """Of an element now: a live page may reload at any moment."""
+    """Return the text of an element now: a live page may reload at any moment."""
     return browser.execute_script("return document.querySelector(arguments[0])?.innerText || ''", selector)
 
 
 def pixels(browser, caption):
-    """Of a canvas of the step-through, as one string."""
+    """Return the pixels of a canvas of the step-through, as one string."""
     figures = "[...document.querySelectorAll('#steps figure')]"
     canvas = f"{figures}.find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas')"
     return browser.execute_script(f"return {canvas}.toDataURL()", caption)

@@ -36,7 +36,7 @@ from tests.refused import refused
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Indices of shards are kept here."""
+    """Keep the indices of shards in a temporary folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "mapet" / "shards"
 
@@ -94,7 +94,7 @@ def test_shards_are_the_folder_they_were_packed_from(spelling, folder, shards):
     images, packed = list_images(folder), list_images(shards / spelling)
     assert_same(images, packed)
     assert packed.ignored == images.ignored == 1
-    with pytest.raises(TypeError, match="not files of their own"):
+    with pytest.raises(TypeError):
         packed[0]
     part = pickle.loads(pickle.dumps(packed.subset([7, 2, 11]).subset([2, 1])))
     assert [part.data(i) for i in range(2)] == [images.data(11), images.data(2)]
@@ -223,7 +223,7 @@ def test_headers_are_read_once_and_again_when_a_shard_changes(shards, cache, mon
 
 
 def header(name: str, **fields) -> bytes:
-    """A header with a right checksum, whatever it says: its size is written to base 256."""
+    """A header with a valid checksum and any content: its size is in base 256."""
     info = tarfile.TarInfo(name)
     size = fields.pop("size", 0)
     for key, value in fields.items():
@@ -339,7 +339,7 @@ def test_bombs_and_giants_are_unreadable_wherever_they_are(tmp_path, monkeypatch
 
 
 def test_links_are_followed_out_of_the_folder_and_end(folder, tmp_path):
-    """What links lead to is in the list once: under its own name, or that of the first link."""
+    """The target of links is listed once: under its own name, or that of the first link."""
     root = tmp_path / "root"
     (root / "own").mkdir(parents=True)
     (root / "own" / "0.png").write_bytes(png())
@@ -364,13 +364,13 @@ def test_urls_keep_their_slashes_and_paths_are_tidied():
         Path("a") / "b": "a/b",
     }.items():
         assert build_config(PrepareConfig, {"images": given, "out": "out"}).images == retained
-    with pytest.raises(MapetError, match="images"):
+    with refused(field="images", value=3):
         build_config(PrepareConfig, {"images": 3, "out": "out"})
 
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    """The library, which keeps its files here."""
+    """The library, with its cache in a temporary folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         library = pytest.importorskip("datasets")

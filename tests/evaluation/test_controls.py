@@ -129,7 +129,7 @@ def test_teacher_and_tokens_are_those_of_the_run(run_dir, tokenizer_dir, few_dig
 
 
 def test_what_is_planned(run_dir, few_digits, caplog):
-    """Untrained networks once for each architecture that is not given; nothing without a protocol for it; what is named must be there."""
+    """Untrained networks once per architecture; no control without its protocol; named controls must exist."""
     train = LabeledSet.without_labels(list_images(few_digits))
     backbones = [BackboneWrapper.load(source, CPU) for source in (str(run_dir), str(run_dir / "backbone"))]
 
@@ -208,7 +208,7 @@ def test_verdict_on_imbalanced_images_is_of_the_balanced_accuracy():
 
 
 def test_controls_are_in_table_and_run_json(run_dir, tmp_path, caplog):
-    """And the verdict, which is that of run.json's own numbers."""
+    """The verdict agrees with the numbers of run.json."""
     caplog.set_level(logging.INFO, "mapet")
     images, test_images = save_images(tmp_path / "train", 12), save_images(tmp_path / "test", 10)
     out = tmp_path / "out"

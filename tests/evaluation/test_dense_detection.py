@@ -120,7 +120,7 @@ def test_detection_without_its_library(coco, vit, tmp_path, monkeypatch):
 
 
 def test_coco_s_own_figures(coco):
-    """The truth scores 1; shifted to overlap by a half of the union it counts at 0.5 and no higher."""
+    """Ground truth has AP 1; boxes with IoU 0.5 count at threshold 0.5 and no higher."""
     pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     data = read_instances(coco / "instances.json", coco / "images")
     boxes = [one for one in data.record["annotations"] if not one["iscrowd"]]
@@ -163,7 +163,7 @@ def test_detection_from_annotations_to_figures(protocol, coco, vit, tmp_path):
 
 
 class FixedDetector(torch.nn.Module):
-    """In the detector's place: in training it notes its targets, else it finds the second class and, below it, the first."""
+    """A fake detector: in training it records targets, else it returns the second class and, below it, the first."""
 
     def __init__(self):
         super().__init__()
@@ -212,7 +212,7 @@ def test_a_detector_is_trained_on_the_boxes_of_its_images(context):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_backbone_is_trained_only_where_asked(trained, context):
-    """And then in a copy of its own: other protocols use the frozen one."""
+    """A copy is trained: other protocols use the frozen backbone."""
     before = {name: tensor.clone() for name, tensor in context.backbone.model.state_dict().items()}
     encoder = context.backbone.with_image_size((32, 32), copy_weights=True)
     detector = make_detector(encoder, 2, trained)
@@ -234,7 +234,7 @@ def test_the_backbone_is_trained_only_where_asked(trained, context):
 
 
 def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
-    """A network that sees how red and how green each cell is: average precisions are 1, and chance if labels move a row."""
+    """Features are the red and green of each cell: average precisions are 1, and at chance if labels move a row."""
     data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
     encoder = BackboneWrapper(

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.cli import main
 from mapet.evaluation.datasets import IGNORE_INDEX, load_segmentation_sets
 from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
 from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
-from tests.refused import refused
+from tests.refused import fails, refused
 
 
 @pytest.fixture(autouse=True)
@@ -171,5 +170,6 @@ def test_masks_are_asked_for(crops, tmp_path, capsys):
         "--out",
         str(tmp_path / "o"),
     ]
-    assert main([*argv, "--protocols", "segmentation"]) == 2
-    assert "protocol 'segmentation' needs masks" in capsys.readouterr().err
+    fails(
+        capsys, *argv, "--protocols", "segmentation", named=["'segmentation'"], field="protocols", value="segmentation"
+    )

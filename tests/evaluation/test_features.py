@@ -26,7 +26,7 @@ def one_thread(two_threads):
 
 
 def original(size=(32, 32), channels=3, **more):
-    """A ViT of a published width, so that a file of its weights tells its heads, at a size that no template has."""
+    """A ViT of a published width, from which the number of heads follows, at an unusual size."""
     torch.manual_seed(0)
     options = {"img_size": size, "patch_size": 8, "depth": 2, "in_chans": channels, "num_classes": 0} | more
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -69,7 +69,7 @@ def mae(vit):
 
 
 def test_a_weights_file(tmp_path):
-    """Of MAE's and of timm's layout: they say nothing of pixels, which are taken to be normalized with ImageNet's."""
+    """In MAE's and timm's layout, without normalization: ImageNet's is assumed."""
     vit = original()
     torch.save(mae(vit), tmp_path / "mae_pretrain.pth")
     save_file(vit.state_dict() | {"head.weight": torch.ones(5, 192)}, tmp_path / "model.safetensors")

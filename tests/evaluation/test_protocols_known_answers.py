@@ -1,4 +1,4 @@
-"""Protocols on a network that sees nothing but colors, of images of one color each: what they must find is known."""
+"""Protocols on features that are colors, of images of one color each: the results are known."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def one_thread(two_threads):
 
 
 class Colors(nn.Module):
-    """Two layers: the brightness, which tells no classes, and the color of each cell of 4 px. At other sizes than 8 px colors go round."""
+    """Two layers: the brightness, equal in all classes, and the color of each cell of 4 px. At sizes other than 8 px colors rotate."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def values(outcome):
 
 @pytest.mark.parametrize("name", LABELS)
 def test_separable_classes_are_separated(name, sets, tmp_path):
-    """And test labels that are one class further are all missed: so it is those that figures are of."""
+    """Test labels shifted by one class give 0."""
     result = values(PROTOCOLS[name].run(context_of(sets, tmp_path)))
     assert result and set(result.values()) == {1.0}, result
     wrong = LabeledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
@@ -116,7 +116,7 @@ def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
 
 
 def test_views_of_one_image_are_alike(sets, tmp_path):
-    """Random boxes of one color have that color: the alignment is 0, to the float16 of features."""
+    """Random crops of one color have that color: the alignment is 0 up to float16."""
     result = values(PROTOCOLS["feature-rank"].run(context_of(sets, tmp_path)))
     assert result["alignment"] < 1e-5 and result["dimensions"] == 3 and 1 < result["rankme"] < 3
     cosines = F.normalize(torch.from_numpy(colors_of(sets.train)), dim=1)
@@ -158,7 +158,7 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
 
 
 def test_another_folder_is_evaluated_on_shared_classes(sets, tmp_path):
-    """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
+    """Its blues and greens score highest as red, a class that it lacks: among blue and green they are correct."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
     other = LabeledSet.from_images(list_images(save(tmp_path / "other", reddish, 5, spread=5)))
     outcome = PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"dusk": other}), tmp_path))
@@ -181,7 +181,7 @@ def test_another_folder_is_evaluated_on_shared_classes(sets, tmp_path):
 
 
 def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
-    """At 12 px all colors are one further, so all are missed; the network itself stays as it was."""
+    """At 12 px all colors are one class further, so accuracy is 0; the network itself is unchanged."""
     context = context_of(sets, tmp_path, eval_image_sizes=[12, 8])
     assert values(PROTOCOLS["resolution"].run(context)) == {"resolution_12": 0.0, "resolution_8": 1.0}
     assert context.backbone.image_size == (8, 8) and context.backbone.model.turned == 0

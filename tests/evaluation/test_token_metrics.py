@@ -40,7 +40,7 @@ def checkerboard(images=50, size=6):
 
 
 def textures(images=400, size=4, classes=4, seed=0):
-    """Tokens fit to learn from: 16 a class, mostly of the image's class, and those of neighboring rows alike."""
+    """Good tokens: 16 per class, mostly of the image's class, equal in neighboring rows."""
     labels = draw(images, below=classes, seed=seed)
     tokens = draw(images, 1, size, below=16, seed=seed + 1).expand(-1, size, -1)
     noise = draw(images, size, size, below=16 * classes, seed=seed + 2)
@@ -113,7 +113,7 @@ def test_tokens_independent_of_the_class_say_nothing(vocab_size, alike):
 
 
 def test_half_a_bit():
-    """A token that names one of two classes in half of the patches and else says nothing."""
+    """A token that gives one of two classes in half of the patches and is independent otherwise."""
     labels = torch.arange(1000) % 2
     blank = draw(1000, 4, 4, below=2).bool()
     result = label_information(torch.where(blank, 2, labels[:, None, None]), labels)
@@ -136,7 +136,7 @@ def test_bags():
 
 
 def test_the_bag_of_imbalanced_images_has_the_balanced_accuracy():
-    """Tokens that say nothing of two classes of unequal size: the accuracy is high, the balanced accuracy at chance."""
+    """Tokens independent of two classes of unequal size: the accuracy is high, the balanced accuracy at chance."""
     tokens, labels, test = textures()
     assert bag_of_tokens_probe(tokens, torch.arange(400) % 4, torch.arange(400) < 80, 64).balanced_accuracy is None
     rare = (labels == 0) & (torch.arange(400) % 5 < 2)
@@ -221,7 +221,7 @@ def test_poor_tokens_are_called_so(name):
 
 
 class MeanColor(nn.Module):
-    """Names a patch by its mean gray, in 8 steps: commutes with flips, and sees nothing but the patch."""
+    """Tokens are the patch's mean gray, in 8 steps: they commute with flips, and depend on the patch alone."""
 
     def __init__(self, size, grid):
         super().__init__()
@@ -236,7 +236,7 @@ class MeanColor(nn.Module):
 
 @pytest.mark.parametrize(("size", "grid"), [((32, 48), (4, 6)), ((36, 36), (8, 8))], ids=str)
 def test_views_show_the_same_content(size, grid, crops, monkeypatch):
-    """Nothing but noise, jitter and JPEG changes the tokens of a tokenizer that sees each patch alone."""
+    """Only noise, jitter and JPEG change tokens that depend on the patch alone."""
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 5)
     sampler = TokenSampler(MeanColor(size, grid), ComputeContext.from_options("cpu", "float32"))
     images = list_images(crops)

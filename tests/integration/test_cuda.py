@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_micro_batch(caplog):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool, monkeypatch):
-    """From images to a backbone; stopped in the middle and resumed it gives the same figures up to rounding."""
+    """From images to a backbone; stopped in the middle and resumed it gives the same metrics up to rounding."""
     torch._dynamo.reset()
     common = {"images": few_digits, "device": "cuda"}
     monkeypatch.setenv("MAPET_WORKERS", "2")

@@ -40,7 +40,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
-    """Each command's options build a config; the stage itself is replaced."""
+    """Each command's options build a config; the command itself is replaced."""
     _, name, *args = shlex.split(command, comments=True)
     if args and args[0].endswith(".yaml") and not (ROOT / args[0]).exists():  # a recipe of the reader's
         (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
@@ -70,10 +70,10 @@ SMALL = {
     "finetune": "--epochs 1 --labels-per-class 4",
     "evaluate": "--protocols knn",
 }
-"""What the README's sizes are replaced by, so that its commands are quick on 8 x 8 digits."""
+"""Options that replace those of the README, for 8 x 8 digits."""
 
 
-def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog):
+def test_the_readme_s_commands_run_in_order(digits, tmp_path, monkeypatch, caplog):
     """Every command of the list, one after the other, on what those before it made; the page in a browser is omitted."""
     (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
     monkeypatch.chdir(tmp_path)
@@ -141,7 +141,7 @@ def test_objectives_page_names_every_objective_and_its_cost():
         assert float(row.split("|")[-2]) == pytest.approx(cost / costs["mim"], abs=0.006), name
 
 
-def test_every_stage_is_in_the_readme_and_the_api():
+def test_every_command_is_in_the_readme_and_the_api():
     readme = (ROOT / "README.md").read_text()
     for name in COMMANDS:
         assert f"`{name}`" in readme

@@ -67,7 +67,7 @@ def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noq
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves(options):  # noqa: F811
-    """The terminal tells all processes, and torchrun tells its own once more: that is still one request."""
+    """The terminal signals all processes, and torchrun repeats it to its own: that counts as one request."""
     options |= {"epochs": 2000, "log_interval": 1}
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *to_argv(options)],

@@ -72,7 +72,7 @@ def run_command(digits, few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path
 
 
 def numbers(value: object) -> dict[str, object]:
-    """Flatten the numbers, texts and sizes of lists in JSON, but those of time and place."""
+    """Flatten the numbers, texts and sizes of lists in JSON, without times and paths."""
     if not isinstance(value, (dict, list)):
         return {"": value}
     items = value.items() if isinstance(value, dict) else enumerate(value)

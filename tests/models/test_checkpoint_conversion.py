@@ -18,7 +18,7 @@ from mapet.cli import main
 from mapet.data.views import input_mean_std
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
-from tests.refused import refused
+from tests.refused import fails, refused
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -307,17 +307,17 @@ def test_tokens_come_and_go(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "named"),
     [
-        ({"embed_dim": 64}, r"\(width 32, depth 2\) don't fit this ViT: .*of another shape: blocks"),
-        ({"depth": 3}, r"don't fit this ViT: missing: blocks\.2\.attn\.proj\.bias.* and \d+ more"),
-        ({"depth": 1}, r"don't fit this ViT: unexpected: blocks\.1\."),
-        ({"mlp_ratio": 2}, r"of another shape: blocks\.0\.mlp\.fc1"),
+        ({"embed_dim": 64}, ["width 32", "depth 2", "blocks.0."]),
+        ({"depth": 3}, ["blocks.2.attn.proj.bias"]),
+        ({"depth": 1}, ["blocks.1."]),
+        ({"mlp_ratio": 2}, ["blocks.0.mlp.fc1"]),
     ],
 )
-def test_another_network(change, reason, tmp_path):
+def test_another_network(change, named, tmp_path):
     torch.save(vit_of().state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(MapetError, match=reason):
+    with refused(*named):
         init_from(vit_of(**change), tmp_path / "vit.pth")
 
 
@@ -463,18 +463,18 @@ def test_a_classifier_that_is_asked_for_is_fresh(tmp_path):
     assert load_backbone(tmp_path / "vit", num_classes=0).num_classes == 0
 
 
-def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
+def test_commands_take_what_a_file_doesn_t_have(digits, tmp_path, capsys):
     """A width that no published ViT has: the number of heads is to be given."""
     file = tmp_path / "weights.pth"
     torch.save(vit_of((8, 8), channels=1).state_dict(), file)
     common = ["--images", str(digits / "test"), "--device", "cpu"]
-    for stage, *more in (
+    for command, *more in (
         ["finetune", "--labels-per-class", "2", "--epochs", "1"],
         ["evaluate", "--protocols", "knn"],
     ):
-        argv = [stage, "--backbone", str(file), *common, *more]
-        assert main(argv) == 2 and "give it to `mapet export` as --model-args num_heads=N" in capsys.readouterr().err
-        folder = tmp_path / stage
+        argv = [command, "--backbone", str(file), *common, *more]
+        fails(capsys, *argv, named=["`mapet export`", "--model-args num_heads=N"])
+        folder = tmp_path / command
         assert main(["export", "--backbone", str(file), "--out", str(folder), "--model-args", "num_heads=2"]) == 0
         argv[2] = str(folder)
         assert main(argv) == 0

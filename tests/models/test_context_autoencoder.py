@@ -35,7 +35,7 @@ def attention(module, q, k, v):
 
 
 def definition(model, batch, c, drop_path_scale):
-    """Logits of hidden patches and the loss; `kept(i, branch)` is the (B, 1, 1) factor of a branch of block i, in the order they run."""
+    """Return logits of masked patches and the loss; `drop_path_scale(i, branch)` is the (B, 1, 1) factor of a branch of block i."""
     vit, hidden, count = model.vit, batch.permutation[:, c:], iter(range(100))
     position = sine_cosine_positions()
 
@@ -49,7 +49,7 @@ def definition(model, batch, c, drop_path_scale):
         x = torch.cat([x[:, :1], torch.stack([row[1 + at] for row, at in zip(x, chosen, strict=True)])], dim=1)
         for block in vit.blocks:
             x = encoder_block(block, x)
-        return vit.norm(x)[:, 1:]  # the class token is seen by no other network
+        return vit.norm(x)[:, 1:]  # the other networks do not attend to the class token
 
     visible, reference = encoder(batch.permutation[:, :c]), encoder(hidden).detach()
     x = model.mask_token.expand(*hidden.shape, -1)

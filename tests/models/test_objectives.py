@@ -42,7 +42,7 @@ def test_no_row_sees_a_query(size, name):
 
 @given(sizes)
 def test_mapet_ranks(size):
-    """Row i of target sees ranks <= i as content and > i as mask; query sees < i and >= i: each rank exactly once."""
+    """Target i attends to targets <= i and masks > i; query i to targets < i and masks >= i: to each index once."""
     prefix, c, p = size
     result = blocks(MAPET, prefix, c, p)
     for i in range(p):
@@ -69,7 +69,7 @@ def test_mim_is_a_closed_part_of_mapet(size):
 def test_pim_is_mapet_without_mask_columns(size):
     prefix, c, p = size
     if prefix + c == 0:
-        with pytest.raises(MapetError, match="attends to nothing"):
+        with pytest.raises(MapetError):
             attention_mask(PIM, prefix, c, p)
         return
     whole, part = blocks(MAPET, prefix, c, p), blocks(PIM, prefix, c, p)

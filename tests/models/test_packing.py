@@ -115,14 +115,14 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
 
 
 def test_stochastic_depth_by_given_numbers_is_timm_s():
-    """Kept branches are scaled, dropped ones leave their rows alone; another's number changes nothing."""
+    """Kept branches are scaled, dropped ones leave their rows unchanged; images are independent."""
     model = make(drop_path=0.4)
     block, rows = model.vit.blocks[2].train(), torch.randn(3, 5, 32, dtype=torch.float64)
     assert block.drop_path1.drop_prob == pytest.approx(0.4)
     attended = torch.randn_like(rows)
 
     def through(*numbers: list[float]) -> torch.Tensor:
-        """The block after its attention, where its two branches have these numbers for the three images."""
+        """Return the block after its attention, with these random numbers of its two branches for the three images."""
         survival = torch.zeros(3, 2 * len(model.vit.blocks), dtype=torch.float64)
         survival[:, 4], survival[:, 5] = map(torch.tensor, numbers)
         return residual_update(block, rows, attended, drop_path_scales(model.vit.blocks, survival, rows)[2])
@@ -159,7 +159,7 @@ def test_blocks_cover_the_table(prefix, c, p, name, seed):
 
 
 def test_mapet_needs_two_attention_calls():
-    """At the paper's sizes: mask and context rows without a mask over 197 columns, target and query rows with one."""
+    """At the paper's sizes: mask and context queries run without a mask over 197 keys, target and query rows with one."""
     table = attention_mask(MAPET, 1, 49, 147)[:, :344]
     assert split_query_blocks(table) == [
         (slice(0, 197), slice(0, 197), False),
@@ -205,7 +205,7 @@ def test_chunked_cross_entropy(monkeypatch, rows, scale):
 @pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
 @pytest.mark.parametrize("m", [1, 4, 15])
 def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
-    """The rows of some ranks, computed alone, equal the same rows computed with all the others."""
+    """The rows of some indices, computed alone, equal those computed with all others."""
     model = make(objective, num_predict=m)
     batch = draw()
     everything = model.encode(batch)
@@ -264,7 +264,7 @@ def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
 
 
 def test_arithmetic_is_what_pytorch_counts():
-    """The exact count, with attention's unseen columns added, equals that of PyTorch's own counter, forward and backward."""
+    """The exact count, with masked attention scores added, equals PyTorch's counter, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.flops import Shape, forward, reference_training_flops, training_flops

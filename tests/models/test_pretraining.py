@@ -22,7 +22,7 @@ def make(objective, c, size=(12, 20), patch=4, channels=3, drop_path=0.0, seed=0
     base = {"embed_dim": 24, "depth": 2, "num_heads": 2}
     vit = create_vit("vit_tiny_patch16_224", size, patch, channels, base | args, drop_path)
     model = ViTForPreTraining(vit, VOCAB, objective, c).double().eval()
-    with torch.no_grad():  # default initial values (zero biases, tiny tokens) would hide mistakes
+    with torch.no_grad():  # default initial values (zero biases, small tokens) would hide bugs
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model
@@ -52,7 +52,7 @@ grids = st.tuples(st.integers(1, 4), st.integers(1, 5)).filter(lambda g: g[0] * 
 @given(variants, grids, st.data(), st.sampled_from([1, 3, 5]), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
-    """Prediction of rank t depends on: the context, the content of ranks < t, and no content of ranks >= t."""
+    """Prediction t depends on the context and on targets before t, not on later ones."""
     n = grid[0] * grid[1]
     c = data.draw(st.integers(0, n - 1))
     model = make(MAPET, c, (4 * grid[0], 4 * grid[1]), channels=channels, **args)
@@ -73,9 +73,9 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
     row, column = divmod(patch, grid[1])
     changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3.0
     after = model.predict(replace(drawn, images=changed))
-    assert torch.allclose(after[0, : t + 1], logits[0, : t + 1], atol=1e-9)  # not seen up to its own prediction
+    assert torch.allclose(after[0, : t + 1], logits[0, : t + 1], atol=1e-9)  # no prediction up to its own attends to it
     if t + 1 < n - c:
-        assert not torch.allclose(after[0, t + 1 :], logits[0, t + 1 :], atol=1e-9)  # seen by all later ones
+        assert not torch.allclose(after[0, t + 1 :], logits[0, t + 1 :], atol=1e-9)  # all later ones attend to it
     assert torch.allclose(after[1:], logits[1:], atol=1e-9)
 
 
@@ -84,7 +84,7 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
 def test_context_and_mask_rows_equal_a_mim_pass(c, args):
     for segment in ("context", "mask"):
         if segment == "context" and c == 0 and args.get("class_token") is False:
-            continue  # there are no such rows
+            continue  # there are no such tokens
         whole, part = (make(replace(objective, output_segment=segment), c, **args) for objective in (MAPET, MIM))
         part.load_state_dict(whole.state_dict())
         batch = draw(whole, 2)
@@ -92,7 +92,7 @@ def test_context_and_mask_rows_equal_a_mim_pass(c, args):
 
 
 def test_mim_equals_timm_with_the_hidden_patches_replaced():
-    """An independent MIM: BEiT's way, in raster order, mask tokens in place of hidden patches, no attention mask."""
+    """An independent MIM: as BEiT, in raster order, mask tokens in place of masked patches, no attention mask."""
     model = make(MIM, 5)
     vit = model.vit
     batch = draw(model, 2)
@@ -106,7 +106,7 @@ def test_mim_equals_timm_with_the_hidden_patches_replaced():
 
 
 def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
-    """An independent PIM: for each rank a separate two-stream pass over what is revealed so far (XLNet's definition)."""
+    """An independent PIM: for each index a separate two-stream pass over the patches before (XLNet's definition)."""
     c = 4
     model = make(PIM, c)
     vit = model.vit
@@ -125,9 +125,9 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
             asking = torch.cat([keys, block.norm1(query)], dim=1)
             n = revealed.shape[1]
             mask = torch.ones(n + 1, n + 1, dtype=torch.bool)
-            mask[:, n] = False  # nothing sees the query, not even itself
+            mask[:, n] = False  # nothing attends to the query, not even itself
             mask[:n, :n] = torch.ones(n, n).tril().bool()
-            mask[: 1 + c, : 1 + c] = True  # the context sees all of itself
+            mask[: 1 + c, : 1 + c] = True  # the context attends to all of itself
             attended = block.attn(asking, attn_mask=mask)
             query = query + attended[:, n:]
             revealed = revealed + attended[:, :n]

@@ -28,7 +28,7 @@ MODES = [
 
 @pytest.fixture(autouse=True)
 def one_thread(two_threads):
-    """These points are few: a second thread costs more than it does."""
+    """One thread: two are slower for so few points."""
     torch.set_num_threads(1)
 
 
@@ -146,7 +146,7 @@ def test_points_that_are_zero_have_no_angle():
 
 
 def test_plus_plus_chooses_as_the_paper_says():
-    """How often each set of 3 of 6 points is chosen, against the product of D^2 shares over all orders."""
+    """How often each set of 3 of 6 points is chosen, against the product of D^2 fractions over all orders."""
     places = np.array([0.0, 1.0, 1.5, 4.0, 4.0, 9.0])
     expected = Counter()
     for order in itertools.permutations(range(6), 3):
@@ -205,7 +205,7 @@ def test_even_sample(num_points, size, seed):
 
 
 def points_for(mode):
-    """Of rounds over all points many are one, so that clusters are empty; a mini-batch's centroids go idle anyhow.
+    """With all points many points are equal, so that clusters are empty; mini-batch centroids go idle in any case.
 
     There, two equal initial centroids would differ by rounding alone.
     """

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 import mapet
-from mapet.errors import MapetError
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
 from mapet.tokenizers.stages import fit_fsq
@@ -48,7 +47,7 @@ def test_too_many_components_are_refused():
 
 
 def test_features_that_are_all_the_same_cannot_be_scaled():
-    """Of black images, say: FSQ and LFQ divide by the deviation, which is zero."""
+    """As for black images: FSQ and LFQ divide by the standard deviation, which is zero."""
     for points in (torch.zeros(50, 6), torch.full((50, 6), 0.1)):
         with refused("same", 50):
             fit_fsq(FeatureStore.from_tensor(points), (2, 2))
@@ -141,36 +140,27 @@ def test_stored_and_online_tokens_are_the_same(options, num_codes, few_digits, t
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"fsq_levels": [4, 4]}, "fsq_levels is for fsq; kmeans does not use it"),
-        ({"quantizer": "lfq", "pca_dim": 3}, "pca_dim is for kmeans; lfq does not use it"),
-        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, "kmeans_metric is for kmeans; fsq does not use it"),
-        ({"quantizer": "lfq", "kmeans_n_init": 5}, "kmeans_n_init is for kmeans"),
-        ({"quantizer": "lfq", "kmeans_batch_size": 100}, "kmeans_batch_size is for kmeans"),
-        (
-            {"teacher_image_size": 16},
-            "teacher 'pixels' does not use teacher_image_size",
-        ),
-        ({"teacher_layer": 3}, "teacher 'pixels' does not use teacher_layer"),
-        (
-            {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64},
-            "teacher 'vqkd' does not use teacher_image_size",
-        ),
-        (
-            {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_output": "norm"},
-            "teacher 'dalle' does not use teacher_output",
-        ),
-        ({"teacher": "my:code", "teacher_layer": 2}, "teacher 'my:code' does not use teacher_layer"),
-        ({"teacher_checkpoint": "x"}, "teacher 'pixels' does not use teacher_checkpoint"),
-        ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
-        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "width 4, under 5 components"),
-        ({"pca_dim": 5}, "width 4, under 5 components"),
+        ({"fsq_levels": [4, 4]}, ["fsq_levels", "fsq", "kmeans"]),
+        ({"quantizer": "lfq", "pca_dim": 3}, ["pca_dim", "kmeans", "lfq"]),
+        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, ["kmeans_metric", "kmeans", "fsq"]),
+        ({"quantizer": "lfq", "kmeans_n_init": 5}, ["kmeans_n_init", "lfq"]),
+        ({"quantizer": "lfq", "kmeans_batch_size": 100}, ["kmeans_batch_size", "lfq"]),
+        ({"teacher_image_size": 16}, ["'pixels'", "teacher_image_size"]),
+        ({"teacher_layer": 3}, ["'pixels'", "teacher_layer"]),
+        ({"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64}, ["'vqkd'", "teacher_image_size"]),
+        ({"teacher": "dalle", "teacher_checkpoint": "x", "teacher_output": "norm"}, ["'dalle'", "teacher_output"]),
+        ({"teacher": "my:code", "teacher_layer": 2}, ["'my:code'", "teacher_layer"]),
+        ({"teacher_checkpoint": "x"}, ["'pixels'", "teacher_checkpoint"]),
+        ({"quantizer": "lfq", "vocab_size": 12}, ["'lfq'", "vocab_size", 12]),
+        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, ["width 4", "5 components", "fsq_levels"]),
+        ({"pca_dim": 5}, ["width 4", "5 components", "pca_dim"]),
     ],
     ids=str,
 )
-def test_impossible_options(options, message, few_digits, tmp_path):
-    with pytest.raises(MapetError, match=message):
+def test_impossible_options(options, named, few_digits, tmp_path):
+    with refused(*named):
         mapet.fit_tokenizer(images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **options)
     assert not (tmp_path / "t").exists()
 

@@ -62,7 +62,7 @@ def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
 
 
 def test_bfloat16_k_means_is_as_good_as_float32(photos):
-    """Real patches, their contrast normalized: flat ones would start as empty clusters, whose fate is luck."""
+    """Real patches, their contrast normalized: flat ones would start as empty clusters, re-seeded at random."""
     pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
     points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
     points = torch.nn.functional.layer_norm(points, points.shape[1:])
@@ -106,7 +106,7 @@ def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_streaming_needs_memory_for_a_block_only(tmp_path):
-    """240 MB of features; a process of its own, for memory that was once touched counts for good."""
+    """240 MB of features; in its own process, as peak memory never decreases."""
     script = """if True:
         import sys, torch
         from pathlib import Path
@@ -273,7 +273,7 @@ def test_layer_of_a_network_of_stages(layer, tmp_path):
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
 def test_a_teacher_of_other_channels(name, channels, tmp_path):
-    """timm sums the filters of RGB for gray images, and goes round them for more channels, at three quarters for four."""
+    """timm sums the filters of RGB for gray images, and repeats them for more channels, scaled by 3/4 for four."""
     model, path = small_teacher(tmp_path, name)
     teacher = teacher_of(name, (160, 160), 16, teacher_checkpoint=path, channels=channels)
     images = torch.randint(0, 256, (2, channels, 160, 160), dtype=torch.uint8)
@@ -289,7 +289,7 @@ def test_a_teacher_of_other_channels(name, channels, tmp_path):
 
 
 def test_options_of_the_teacher_reach_it(crops, tmp_path):
-    """Through the stage, on gray images."""
+    """From the command, on gray images."""
     _, path = small_teacher(tmp_path)
     tokenizer = mapet.fit_tokenizer(
         images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, kmeans_iters=1,
@@ -343,7 +343,7 @@ def test_other_teacher_weights_are_refused(crops, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
-    """Tokens are computed in the precision of the codebook, whoever computes them, in batches of any size."""
+    """Tokens are computed in the precision of the codebook, by any command and batch size."""
     name = "resnet10t.c3_in1k"
     torch.manual_seed(0)
     save_file(timm.create_model(name).state_dict(), tmp_path / "weights.safetensors")
@@ -431,7 +431,7 @@ def test_views_that_timm_refuses(monkeypatch, saved_vit):
 
 
 def test_every_batch_s_grid_is_looked_at(monkeypatch):
-    """Not the first one's alone."""
+    """Every batch is checked, not only the first."""
     teacher = teacher_of("pixels", (16, 16), 4)
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     teacher(images)

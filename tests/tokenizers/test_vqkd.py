@@ -25,13 +25,13 @@ from tests.refused import refused
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Of models so small, several would wait for each other."""
+    """One thread: several are slower for models this small."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """Not here."""
+    """Return a fixed precision instead of a timing."""
 
 
 def transformer(width, depth, patch, channels, side, device="cpu"):
@@ -313,7 +313,7 @@ def test_codes_follow_by_the_moving_average():
 
 
 def test_dead_codes_come_back():
-    """A dead code becomes a current feature, gets the average usage, and is used from then on."""
+    """A dead code becomes a current feature with the average usage, and is used afterwards."""
     model = training(codes=30)
     features = F.normalize(torch.randn(200, 8) + 3 * torch.randn(8), dim=1)
     model.tokenizer.codebook[10:] = -features.mean(0) / features.mean(0).norm()  # on the far side
@@ -358,7 +358,7 @@ def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """The stage on 200 crops of the photographs, with pixels as the teacher."""
+    """`train-tokenizer` on 200 crops of the photographs, with the teacher `pixels`."""
     folder = tmp_path_factory.mktemp("vqkd")
     rng = np.random.default_rng(0)
     (folder / "crops").mkdir()

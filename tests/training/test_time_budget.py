@@ -29,7 +29,7 @@ BUDGET = {"schedule": "constant", "warmup_epochs": 0.5}
 
 @pytest.fixture(autouse=True)
 def one_thread(two_threads: None) -> None:
-    """Threads that wait for each other on a busy machine would make the time of a step a matter of chance."""
+    """One thread: on a busy machine the time of a step varies with several."""
     torch.set_num_threads(1)
 
 
@@ -77,7 +77,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_keeps_its_time_and_the_same_steps_give_the_same_weights(few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    """A hopeless number of epochs is corrected; a run of the corrected epochs, without a budget, has the same weights bit for bit."""
+    """A hopeless number of epochs is corrected; a run of the corrected epochs, without a budget, has bit-exact weights."""
     options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir} | PRETRAIN | BUDGET
     started = time.monotonic()
     mapet.pretrain(out=tmp_path / "timed", **options | {"epochs": 5000, "max_minutes": 0.1, "batch_size": 50})
@@ -125,7 +125,7 @@ def test_a_killed_run_keeps_its_time_and_has_the_weights_of_one_that_was_not(
 
 
 def test_the_time_before_a_kill_counts(tmp_path):
-    """The newest file of a folder whose process is gone tells until when it worked."""
+    """The newest file of a folder whose process is gone is the end of its work."""
     from mapet.config.pipeline import DemoConfig
 
     out = tmp_path / "run"

@@ -58,7 +58,7 @@ def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncated_jpegs_are_accepted_as_pillow_does(photo, tmp_path, progressive):
-    """Wherever the file is cut, or a bit of it flipped: the fast decoder takes nothing that Pillow refuses."""
+    """For any truncation or bit flip, the fast decoder refuses what Pillow refuses."""
     rng = np.random.default_rng(1)
     path = tmp_path / "x.jpg"
     photo.save(path, progressive=progressive, exif=photo.getexif())
@@ -253,7 +253,7 @@ def test_check_reports_all_of_it(crops, tmp_path, caplog):
     ):
         assert text in caplog.text
     assert "12 images are very few" in caplog.text
-    assert "other stages refuse" not in caplog.text  # one is always allowed
+    assert "other commands refuse" not in caplog.text  # one is always allowed
     assert "enlarged" not in caplog.text
     (crops / "only").mkdir()
     (crops / "bad.jpg").rename(crops / "only" / "bad.jpg")
@@ -274,7 +274,7 @@ def test_check_warns_about_what_later_commands_will_refuse_or_enlarge(crops, cap
 
 
 def test_a_postscript_file_named_jpg_starts_no_ghostscript(tmp_path, monkeypatch):
-    """Pillow knows 40 formats by their content; only those that are documented are opened, whatever the name."""
+    """Pillow detects 40 formats by content; only the documented ones are opened, whatever the name."""
 
     def ghostscript(*_, **__):
         raise AssertionError("Ghostscript was started")

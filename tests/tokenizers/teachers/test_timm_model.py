@@ -101,7 +101,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def test_k_clip_stands_for_the_options_of_the_paper():
-    """Those given beside the name hold; the config records the timm model."""
+    """Explicit options override those of the name; the config records the timm model."""
     preset = TeacherOptions(teacher="k-clip")
     assert (preset.teacher, preset.teacher_image_size) == (("resnet50x64_clip.openai",), (448, 448))
     assert (preset.teacher_layer, preset.teacher_output) == (-1, "block")
@@ -176,7 +176,7 @@ def test_vqkd_clip_gives_the_targets_of_beit_v2(tmp_path):
 
 @pytest.mark.slow
 def test_k_clip_is_the_last_stage_of_rn50x64_before_the_attention_pool(tmp_path):
-    """The stages run one after the other here, at the widths and depths of the published model, with random weights."""
+    """Run the stages one after the other, at the widths and depths of the published model, with random weights."""
     torch.manual_seed(0)
     visual = ModifiedResNet(layers=[3, 15, 36, 10], output_dim=1024, heads=64, image_size=448, width=128).eval()
     path = save({f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, "safetensors", tmp_path)

@@ -75,7 +75,7 @@ def brightness(checkpoint):
 
 
 def test_whitening_is_kept_with_the_tokenizer(few_digits, tmp_path):
-    """Loaded without the images, it gives the tokens that are stored; the hash includes the whitening."""
+    """Loaded without the images, it gives the stored tokens; the hash includes the whitening."""
     options = SHAPES | {"teacher": ["hog", "whitened"], "whitened": {"window": 4}}
     fitted = mapet.fit_tokenizer(images=few_digits, out=tmp_path / "t", **options)
     tokenizer = load_tokenizer(tmp_path / "t")

@@ -1,4 +1,4 @@
-"""What fine-tuning's options do, on images of one gray each: no view and no flip changes them, and a step can be worked out."""
+"""What fine-tuning's options do, on images of one gray each: views and flips do not change them, and a step can be computed by hand."""
 
 import hashlib
 import json
@@ -60,7 +60,7 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def its_classifier(vit, monkeypatch):
-    """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be worked out."""
+    """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be computed by hand."""
     load = finetuning.load_backbone
 
     def with_classifier(*args, **options):
@@ -73,7 +73,7 @@ def its_classifier(vit, monkeypatch):
 
 
 def tune(vit, grays, out, **options):
-    """Returns the weights that are saved and the rows of metrics.jsonl."""
+    """Return the saved weights and the rows of metrics.jsonl."""
     mapet.finetune(backbone=vit, images=grays, test_images=grays, out=out, **(ONE_STEP | CPU | options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [
@@ -85,7 +85,7 @@ def tune(vit, grays, out, **options):
 
 @torch.no_grad()
 def log_chances(vit, whiteness):
-    """Of the classes, by the backbone as it starts, of images of a gray each."""
+    """Return the logits of the initial backbone for images of one gray each."""
     model = load_backbone(vit, global_pool="avg", fc_norm=False).eval()
     pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return model(pixels).log_softmax(1)
@@ -125,7 +125,7 @@ def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, grays, tmp_path):
 
 @pytest.fixture
 def watched(its_classifier, monkeypatch):
-    """What goes into the model, and whether in training: (training, pixels in [0, 1]) of each batch; and the model."""
+    """Record (training, pixels in [0, 1]) of each batch that the model gets; and the model."""
     seen, models, inner = [], [], finetuning.load_backbone
 
     def load(*source, **options):
@@ -143,7 +143,7 @@ def of(seen, training):
 
 
 def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, tmp_path):
-    """Of black and white the gray tells how much of each class the target is; it is smoothed as well."""
+    """The gray of mixed black and white gives the target's mixture; label smoothing applies, too."""
     _, rows = tune(vit, grays, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
     trained, evaluated = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
     assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
@@ -325,7 +325,7 @@ def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeyp
         ["--from-scratch"],
         ["--num-seeds", "1"],
         ["--lr", "0.5"],
-    ):  # not the figures of before under another name
+    ):  # not the metrics of before under another name
         assert main([*again, *options_now]) == 2
         message = capsys.readouterr().err
         assert (
