@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_to_be_resumed_stays_as_it_is(tmp_path):
     with run_state(tmp_path, "pretrain", Options(out=tmp_path)):
         (tmp_path / "backbone").mkdir()
     before = (tmp_path / "run.json").read_bytes()
-    with refused("not empty"), run_state(tmp_path, "pretrain", Options(out=tmp_path)):
+    with refused(field="out"), run_state(tmp_path, "pretrain", Options(out=tmp_path)):
         create_output_dir(tmp_path)
     assert (tmp_path / "run.json").read_bytes() == before
 
@@ -198,7 +198,7 @@ def test_commands_have_one_and_do_not_write_it(tmp_path):
     make_folder(out=tmp_path / "out")
     state = read(tmp_path / "out")
     assert (state.command, state.status, state.counts) == ("make-folder", "finished", {"epochs": 3})
-    with refused("not empty"):
+    with refused(field="out"):
         make_folder(out=tmp_path / "out", epochs=4)
     assert read(tmp_path / "out") == state
     make_file(out=tmp_path / "file")

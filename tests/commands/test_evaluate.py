@@ -120,7 +120,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)
     assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear_sgd"])
     assert (out / "figures" / "nearest-neighbors-1.png").stat().st_size > 5000
-    with refused("not empty"):
+    with refused(field="out"):
         mapet.evaluate(backbone=[str(run_dir)], images=small / "train", out=out, **QUICK)
 
 

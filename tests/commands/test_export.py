@@ -355,7 +355,7 @@ def test_the_card_s_features_are_those_of_the_options(tmp_path):
 def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with refused("not empty"):
+    with refused(field="out"):
         mapet.export(backbone=run_dir, out=tmp_path / "full")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with refused("onnx", "[export]"):

@@ -113,10 +113,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     } | PRETRAIN
     with monkeypatch.context() as patch:
         StopAt(patch, stop_at)
-        with pytest.raises(
-            Interrupted,
-            match=f"SIGINT at step {stop_at} of 6, saved. Resume with: mapet pretrain .*config.yaml --resume",
-        ):
+        resume = f"mapet pretrain {tmp_path}/run/config.yaml --resume"
+        with refused("SIGINT", f"step {stop_at} of 6", resume, kind=Interrupted):
             mapet.pretrain(**options)
     assert not (tmp_path / "run" / "backbone").exists()
     assert main(["pretrain", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
@@ -648,13 +646,12 @@ def test_a_run_whose_weights_give_no_numbers_writes_no_backbone(
     run = tmp_path / "run"
     given = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir, "out": run}
     options = given | PRETRAIN | {"epochs": 1, "batch_size": 96, "lr": 1e30, "clip_grad": None, "probe_every": 1}
-    wrong = r"has NaN or infinite weights or outputs.*mapet debug-step (\S+)\. .*lower lr"
     for resume in (False, True):
-        with pytest.raises(mapet.MapetError, match=wrong) as error:
+        with refused("mapet debug-step ", "lr") as error:
             mapet.pretrain(**options, resume=resume)
     assert not (run / "backbone").exists() and (run / "report.html").exists()
     assert "not evaluated after epoch 1" in caplog.text
-    looks = mapet.debug_step(bundle=re.search(wrong, str(error.value))[1])
+    looks = mapet.debug_step(bundle=re.search(r"mapet debug-step (\S+)\. ", str(error.value))[1])
     assert all(math.isnan(look.loss) for look in looks)
     with refused("precision", "float32"):
         mapet.report(run=run, figures_dir=tmp_path / "figures")

@@ -127,7 +127,7 @@ def test_ctrl_c_while_tokenizing_breaks_no_tokenizer(few_digits, tmp_path, monke
         raise Interrupted("stopped by SIGINT, saved")
 
     monkeypatch.setattr(trials, "tokenize", interrupted)
-    with pytest.raises(Interrupted, match=r"stopped by SIGINT, saved\. Resume with: the same command$"):
+    with refused("SIGINT", kind=Interrupted):
         mapet.study(**recipe(few_digits, tmp_path / "study", seeds=[0]))
     assert (tmp_path / "study" / "tokenizers" / "pixels" / "tokenizer").exists()
     assert not (tmp_path / "study" / "trials").exists()

@@ -106,7 +106,7 @@ def test_levels_make_the_codes_they_promise():
     assert all(np.prod(levels) == number for number, levels in LEVELS.items())
     assert levels_for(8192, signs=True) == (2,) * 13 and levels_for(512, signs=False) == (8, 8, 8)
     assert np.prod(levels_for(700, signs=False)) == 512
-    with refused("power of two"):
+    with refused("vocab_size", 100):
         levels_for(100, signs=True)
     with refused(64):
         levels_for(10, signs=False)

@@ -15,7 +15,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mapet
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
 from mapet.tokenizers import vqkd
 from mapet.tokenizers.kmeans import KMeans
@@ -191,24 +190,24 @@ def change(**changes):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
-        (change(encode_task_layer__0__bias=None), "missing: encode_task_layer.0.bias$"),
-        (change(encoder__patch_embed__proj__weight=None), "expected a weight 'encoder.patch_embed.proj.weight'"),
-        (change(encoder__blocks__0__gamma_1=torch.ones(128)), "unexpected: encoder.blocks.0.gamma_1$"),
-        (change(encoder__norm__bias=torch.ones(128)), "unexpected: encoder.norm.bias$"),
-        (change(encoder__pos_embed=torch.ones(1, 12, 128)), r"of another shape: encoder.pos_embed \(1x12x128, not 1x10x128\)$"),
-        (change(encoder__pos_embed=torch.ones(3)), "its shapes contradict each other"),
-        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"found blocks.* more$"),
-        (lambda weights: {}, "no tensors under their names"),
+        (change(encode_task_layer__0__bias=None), "encode_task_layer.0.bias"),
+        (change(encoder__patch_embed__proj__weight=None), "'encoder.patch_embed.proj.weight'"),
+        (change(encoder__blocks__0__gamma_1=torch.ones(128)), "encoder.blocks.0.gamma_1"),
+        (change(encoder__norm__bias=torch.ones(128)), "encoder.norm.bias"),
+        (change(encoder__pos_embed=torch.ones(1, 12, 128)), "encoder.pos_embed (1x12x128, not 1x10x128)"),
+        (change(encoder__pos_embed=torch.ones(3)), ""),
+        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), "blocks."),
+        (lambda weights: {}, ""),
     ],
 )  # fmt: skip
-def test_other_checkpoints_are_refused_in_one_line(make, message, tmp_path):
+def test_other_checkpoints_are_refused_in_one_line(make, named, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"model": make(checkpoint())}, path)
-    with pytest.raises(MapetError, match=message) as error:
+    with refused(path, named) as error:
         load_vqkd(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert len(str(error.value)) < 400
 
 
 class Harmful:
@@ -342,17 +341,17 @@ def test_the_codebook_starts_with_k_means():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "arguments", "named"),
     [
         ("vit_tiny_patch16_224", {"embed_dim": 64, "num_heads": 2}, "num_heads=1"),
-        ("vit_tiny_patch16_224", {"class_token": False}, "plain ViT with class token"),
-        ("vit_tiny_patch16_224", {"init_values": 0.1}, "plain ViT .* unexpected: encoder.blocks.0.ls1.gamma"),
-        ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False, "embed_dim": 64, "num_heads": 1}, "GELU and norms"),
+        ("vit_tiny_patch16_224", {"class_token": False}, "class token"),
+        ("vit_tiny_patch16_224", {"init_values": 0.1}, "encoder.blocks.0.ls1.gamma"),
+        ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False, "embed_dim": 64, "num_heads": 1}, "GELU"),
     ],
 )
-def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
+def test_encoders_that_the_layout_has_no_names_for(name, arguments, named):
     vit = create_vit(name, (12, 12), 4, model_args={"depth": 1, **arguments})
-    with pytest.raises(MapetError, match=message):
+    with refused(named):
         VQKDForTraining(vit, 5, config(10, decoder_depth=3))
 
 

@@ -227,7 +227,7 @@ def test_one_image(photo, tmp_path):
 
 def test_folder_without_images(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with refused("no images", "1 other"):
+    with refused("1 other"):
         mapet.check(images=tmp_path)
     with refused("absent"):
         mapet.check(images=tmp_path / "absent")
