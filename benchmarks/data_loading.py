@@ -129,9 +129,9 @@ SMOKE = ["--num-images", "8", "--rounds", "1"]
 TABLES = {
     "main": Table({
         "": "{name}", "images/s, centered / crop": "{center:,.0f} / {crop:,.0f}",
-        "times plain": "{times_plain_center:.2f} / {times_plain_crop:.2f}",
+        "speedup": "{times_plain_center:.2f} / {times_plain_crop:.2f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" in row]),
     "others": Table({
-        "": "{name}", "ms an image": "{ms:.1f}", "kB": "{kB_per_image:.0f}", "images/s": "{center:,.0f}",
+        "": "{name}", "ms per image": "{ms:.1f}", "kB": "{kB_per_image:.0f}", "images/s": "{center:,.0f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" not in row]),
 }  # fmt: skip

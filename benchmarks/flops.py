@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> Result:
 SMOKE: list[str] = []
 TABLES = {
     "main": Table({
-        "model": "{model}", "GFLOP an image": "{GFLOP_per_image:.1f}", "FLOP in all": "{FLOP:.2g}", "H100, h": "{H100_hours:,.0f}",
-        "A100, h (assumed)": "{A100_hours:,.0f}", "H100 reads": "{H100_images_per_second:,.0f} images/s, {loader_cores} cores",
+        "model": "{model}", "GFLOPs per image": "{GFLOP_per_image:.1f}", "total FLOPs": "{FLOP:.2g}", "H100, h": "{H100_hours:,.0f}",
+        "A100, h (assumed)": "{A100_hours:,.0f}", "H100 data loading": "{H100_images_per_second:,.0f} images/s, {loader_cores} cores",
         "this machine, days": "{cpu_days:,.0f}",
     }),
 }  # fmt: skip

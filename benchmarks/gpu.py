@@ -154,7 +154,7 @@ SMOKE = [
 TABLES = {
     "main": Table({
         "model": "{model}", "batch": "{batch}", "images/s": "{images_per_second:,.0f}", "reference": "{reference_images_per_second:,.0f}",
-        "times as fast": "{speedup:.1f}", "MFU": "{MFU:.0%}", "fraction of a product's rate": "{utilization:.0%}", "GB": "{peak_GB:.1f}",
+        "speedup": "{speedup:.1f}", "MFU": "{MFU:.0%}", "fraction of the matmul rate": "{utilization:.0%}", "GB": "{peak_GB:.1f}",
         "reference, GB": "{reference_peak_GB:.1f} at {reference_batch}", "images/s with the loader": "{fed_images_per_second:,.0f}",
         "of it waiting": "{waiting:.0%}",
     }, rows=steps),

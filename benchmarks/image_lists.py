@@ -163,7 +163,7 @@ def extrapolated(rows: list[Row]) -> list[Row]:
 SMOKE = ["--num-images", "10000"]
 TABLES = {
     "main": Table({
-        "": "{what}", "1 million: s": "{seconds:.2g}", "ms an image": "{ms:.2g}", "MB": "{MB:,.0f}", "at most, MB": "{peak_MB:,.0f}",
+        "": "{what}", "1 million: s": "{seconds:.2g}", "ms per image": "{ms:.2g}", "MB": "{MB:,.0f}", "at most, MB": "{peak_MB:,.0f}",
         "100 million: s": "{seconds_100M:,.0f}", "GB": "{GB_100M:.1f}",
     }, rows=extrapolated),
     "shuffles": Table({
