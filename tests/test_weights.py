@@ -248,7 +248,7 @@ def test_tensors_beyond_their_storage(tmp_path):
             read_weights(tmp_path / "changed.pth")
 
 
-def written(write):
+def to_bytes(write):
     buffer = io.BytesIO()
     write(buffer)
     return buffer.getvalue()
@@ -271,12 +271,12 @@ def safetensors_bytes(tmp_path):
         (lambda _: b"version https of a pointer, or an error page", ""),
         (lambda _: b"\x89PNG\r\n\x1a\n", ""),
         (lambda _: pickle.dumps({"w": [1, 2]}), ""),
-        (lambda _: written(other_archive), ""),
-        (lambda _: written(lambda file: torch.save(tensors(), file))[:-400], ""),
+        (lambda _: to_bytes(other_archive), ""),
+        (lambda _: to_bytes(lambda file: torch.save(tensors(), file))[:-400], ""),
         (lambda tmp_path: safetensors_bytes(tmp_path)[:-5], ""),
-        (lambda _: written(lambda file: torch.save([torch.ones(1)], file)), "safetensors"),
+        (lambda _: to_bytes(lambda file: torch.save([torch.ones(1)], file)), "safetensors"),
         (
-            lambda _: written(lambda file: torch.save({"student": {"w": torch.ones(1)}, "epoch": 1}, file)),
+            lambda _: to_bytes(lambda file: torch.save({"student": {"w": torch.ones(1)}, "epoch": 1}, file)),
             "student, epoch",
         ),
     ],

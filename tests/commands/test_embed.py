@@ -39,7 +39,7 @@ def small_parts(monkeypatch, images_per_part=4, size=32 * 4):
     monkeypatch.setattr("mapet.evaluation.embeddings.SHARD_BYTES", images_per_part * size)
 
 
-def read_back(folder):
+def read_features(folder):
     """Read features and ids as a user would, without mapet."""
     if (folder / "features.npy").exists():
         return json.loads((folder / "ids.json").read_text()), np.load(folder / "features.npy", allow_pickle=False)
@@ -55,7 +55,7 @@ def test_features_are_the_backbone_s(format, pool, vit_folder, crops, tmp_path, 
         pytest.importorskip("pyarrow")
     small_parts(monkeypatch)
     out = mapet.embed(backbone=vit_folder, images=crops, out=tmp_path / "out", format=format, pool=pool, **COMMON)
-    ids, features = read_back(out)
+    ids, features = read_features(out)
     assert ids == [path.name for path in sorted(crops.iterdir())]
     vit = load_backbone(vit_folder).eval()
     images = list_images(crops)
@@ -97,7 +97,7 @@ def test_features_are_those_of_timms_transform(size, tolerance, vit_folder, tmp_
     out = mapet.embed(backbone=vit_folder, images=photos, out=tmp_path / "out", **COMMON)
     vit = load_backbone(vit_folder).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(vit))
-    for name, result in zip(*read_back(out), strict=True):
+    for name, result in zip(*read_features(out), strict=True):
         with torch.no_grad():
             tokens = vit.forward_features(transform(Image.open(photos / name))[None])[0]
         expected = tokens[1:].mean(0).numpy()

@@ -23,7 +23,7 @@ from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs
 from mapet.run_state import RunState
 from tests.conftest import TINY
-from tests.models.test_checkpoint_conversion import released, same, vit_of
+from tests.models.test_checkpoint_conversion import is_close, released, vit_of
 from tests.refused import refused
 
 FINETUNE = {
@@ -112,7 +112,7 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
     with torch.no_grad():
         given = model(processor(originals, return_tensors="pt")["pixel_values"])
         expected = vit.forward_features(normalize(torch.from_numpy(arrays).movedim(-1, 1), channels))
-    assert same(given.last_hidden_state, expected) and same(given.pooler_output, expected[:, 0])
+    assert is_close(given.last_hidden_state, expected) and is_close(given.pooler_output, expected[:, 0])
     if size[0] == size[1]:  # a full photograph: equal crop and resize up to rounding
         whole = Image.open(next(crops.iterdir())).convert(mode)
         mapets = mapet_view(whole, size, tmp_path)
@@ -153,8 +153,10 @@ def test_classifiers_for_transformers(options, name, crops, tmp_path):
     assert type(model).__name__ == name
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        assert same(model(pixels).logits, vit(pixels))
-        assert same(load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels))
+        assert is_close(model(pixels).logits, vit(pixels))
+        assert is_close(
+            load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels)
+        )
 
 
 @pytest.mark.parametrize(
@@ -194,8 +196,8 @@ def test_onnx(crops, tmp_path):
         pixels = torch.randn(count, 3, 24, 40)
         features, logits = session.run(None, {"pixel_values": pixels.numpy()})
         with torch.no_grad():
-            assert same(torch.from_numpy(features), vit.forward_features(pixels), 1e-4)
-            assert same(torch.from_numpy(logits), vit(pixels), 1e-4)
+            assert is_close(torch.from_numpy(features), vit.forward_features(pixels), 1e-4)
+            assert is_close(torch.from_numpy(logits), vit(pixels), 1e-4)
 
 
 def test_torch_export(crops, tmp_path):
@@ -211,7 +213,7 @@ def test_torch_export(crops, tmp_path):
     for count in (1, 5):
         pixels = torch.randn(count, 5, 32, 32)
         with torch.no_grad():
-            assert same(program(pixels)[0], vit.forward_features(pixels))
+            assert is_close(program(pixels)[0], vit.forward_features(pixels))
 
 
 def test_other_patches_and_channels(crops, tmp_path):
@@ -243,7 +245,7 @@ def test_a_finetuned_model(digits, run_dir, tmp_path, caplog):
     pixels = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         logits = torch.export.load(out / "torch-export" / "model.pt2").module()(pixels)[1]
-        assert same(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
+        assert is_close(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
     # Where it comes from: the run that it was fine-tuned from, whose tokenizer counts here too.
     assert "converted from" not in card and "8 images of test" in card and str(run_dir.parent) not in card
     assert "288 images without labels" in card and "hash of the tokenizer" in card

@@ -1,4 +1,4 @@
-"""`mapet study`: which cells there are, real runs of them, failure and Ctrl-C, and what it refuses."""
+"""`mapet study`: its trials, real runs of them, failure and Ctrl-C, and what it refuses."""
 
 import csv
 import itertools
@@ -84,21 +84,21 @@ def test_a_study_runs_evaluates_reports_and_resumes(digits, few_digits, tmp_path
 
 
 @pytest.mark.slow
-def test_a_study_killed_with_all_its_cells_at_random_moments(few_digits, tmp_path):
-    from tests.integration.test_never_lost import killed
+def test_a_study_killed_with_all_its_trials_at_random_moments(few_digits, tmp_path):
+    from tests.integration.test_never_lost import run_with_kills
 
     shown = {}
     for name, kills in (("whole", 0), ("parts", 12)):
         options = recipe(few_digits, tmp_path / name, seeds=[0], equal_compute=False)
         options["pretrain"] = SHARED | {"epochs": 40, "checkpoint_interval_min": 1e-9}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(options))
-        assert killed(["study", str(tmp_path / f"{name}.yaml")], kills, kills, 12) == kills
+        assert run_with_kills(["study", str(tmp_path / f"{name}.yaml")], kills, kills, 12) == kills
         trials = (tmp_path / name / "trials").iterdir()
         shown[name] = {path.name: RunState.read(path).results["scores"] for path in trials}
     assert len(shown["whole"]) == 2 and shown["whole"] == shown["parts"]
 
 
-def test_ctrl_c_saves_the_running_cells(few_digits, tmp_path):
+def test_ctrl_c_saves_the_running_trials(few_digits, tmp_path):
     options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False)
     options["pretrain"] = SHARED | {"epochs": 5000}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(options))
@@ -137,13 +137,15 @@ def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tok
     options = recipe(few_digits, tmp_path, seeds=[0, 1])
     options["grid"] = {"objective": ["mim", "mapet"], "mask_ratio": [0.5, [0.5, 0.9]]}
     config = build_config(StudyConfig, options)
-    cells = grid_trials(config)
-    assert len({cell.name for cell in cells}) == 8 and [cell.seed for cell in cells] == [0] * 4 + [1] * 4
-    assert cells[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
+    study_trials = grid_trials(config)
+    assert (
+        len({trial.name for trial in study_trials}) == 8 and [trial.seed for trial in study_trials] == [0] * 4 + [1] * 4
+    )
+    assert study_trials[1].factors == {"objective": "mim", "mask_ratio": "0.5 to 0.9"}
     (tmp_path / "tokenizers" / "pixels").mkdir(parents=True)
     (tmp_path / "tokenizers" / "pixels" / "tokenizer").symlink_to(tokenizer_dir)
-    with_compute = add_equal_compute(config, cells)
-    named = {cell.name: cell for cell in with_compute}
+    with_compute = add_equal_compute(config, study_trials)
+    named = {trial.name: trial for trial in with_compute}
     mapet_trial, mim_trial = named["0.5, mapet, seed 0"], named["0.5, mim, seed 0"]
     epochs = 2 * mapet_trial.flops_per_image / mim_trial.flops_per_image
     assert mapet_trial.budgets == (EPOCHS, COMPUTE)  # the most expensive one of its comparison
@@ -155,13 +157,13 @@ def test_the_grid_is_every_combination_with_every_seed(few_digits, tmp_path, tok
             pair = [
                 c for c in with_compute if (c.seed, c.factors["mask_ratio"]) == (seed, ratio) and COMPUTE in c.budgets
             ]
-            assert {cell.factors["objective"] for cell in pair} == {"mim", "mapet"} and len(pair) == 2
+            assert {trial.factors["objective"] for trial in pair} == {"mim", "mapet"} and len(pair) == 2
             steps = [
-                len(EpochBatchSampler(np.arange(steps_per_epoch), 1, pretrain_config(config, cell).epochs, seed))
-                for cell in pair
+                len(EpochBatchSampler(np.arange(steps_per_epoch), 1, pretrain_config(config, trial).epochs, seed))
+                for trial in pair
             ]
-            flops = [number * cell.flops_per_image for number, cell in zip(steps, pair, strict=True)]
-            cheaper = min(cell.flops_per_image for cell in pair)
+            flops = [number * trial.flops_per_image for number, trial in zip(steps, pair, strict=True)]
+            cheaper = min(trial.flops_per_image for trial in pair)
             assert abs(flops[0] - flops[1]) <= cheaper * 0.500001, (steps_per_epoch, ratio)
 
 
@@ -249,7 +251,7 @@ def test_evaluation_options_of_a_trial_may_change_until_it_is_evaluated(few_digi
         mapet.study(**options | {"labels_per_class": [4]})
 
 
-def test_a_tokenizer_that_cannot_be_made_fails_its_cells_alone(few_digits, tmp_path):
+def test_a_tokenizer_that_cannot_be_made_fails_its_trials_alone(few_digits, tmp_path):
     options = recipe(few_digits, tmp_path / "study", seeds=[0], equal_compute=False, compare_by="tokenizer")
     options["tokenizers"] |= {"too large": PIXELS | {"vocab_size": 10**6}}
     options["grid"] = {"tokenizer": ["pixels", "too large"]}

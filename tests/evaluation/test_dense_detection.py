@@ -136,7 +136,7 @@ def test_coco_s_own_figures(coco):
     assert coco_metrics(data, []) == {"AP": 0, "AP50": 0, "AP75": 0}
 
 
-def of_detection(coco, vit, out, protocol="detection", **options):
+def detection_metrics(coco, vit, out, protocol="detection", **options):
     pytest.importorskip("pycocotools")
     return mapet.evaluate(
         backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=out, protocols=[protocol],
@@ -157,7 +157,7 @@ def test_detection_from_annotations_to_figures(protocol, coco, vit, tmp_path):
     (tmp_path / "coco" / "instances.json").write_text(json.dumps(record | part))
     for image in part["images"]:
         (tmp_path / "coco" / "images" / image["file_name"]).symlink_to(coco / "images" / image["file_name"])
-    actual = of_detection(tmp_path / "coco", vit, tmp_path / "out", protocol, dense_epochs=1)
+    actual = detection_metrics(tmp_path / "coco", vit, tmp_path / "out", protocol, dense_epochs=1)
     prefix = protocol.replace("-", "_")
     assert {f"{prefix}_AP", f"{prefix}_AP50"} <= set(actual) and all(0 <= value <= 1 for value in actual.values())
 
@@ -263,5 +263,5 @@ class Cells(torch.nn.Module):
 
 @pytest.mark.slow
 def test_detector_learns_blocks(coco, vit, tmp_path):
-    actual = of_detection(coco, vit, tmp_path / "out", dense_epochs=12)
+    actual = detection_metrics(coco, vit, tmp_path / "out", dense_epochs=12)
     assert actual["detection_AP50"] > 0.3, actual

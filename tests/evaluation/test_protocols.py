@@ -78,7 +78,7 @@ def test_few_label_splits_are_the_documented_function():
     """Written out as docs/evaluation.md says it; nested; another image moves none."""
     ids = [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
 
-    def of(names: list[str]) -> LabeledSet:
+    def labeled_set(names: list[str]) -> LabeledSet:
         return LabeledSet.from_images(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names)))
 
     def number(name: str, seed: int) -> int:
@@ -89,14 +89,14 @@ def test_few_label_splits_are_the_documented_function():
             expected = {
                 n for c in "ab" for n in sorted((n for n in ids if n[0] == c), key=lambda n: number(n, seed))[:count]
             }
-            assert {ids[i] for i in few_shot_split(of(ids), amount, seed)} == expected
-    assert set(few_shot_split(of(ids), 3, 0)) < set(few_shot_split(of(ids), 0.5, 0))
+            assert {ids[i] for i in few_shot_split(labeled_set(ids), amount, seed)} == expected
+    assert set(few_shot_split(labeled_set(ids), 3, 0)) < set(few_shot_split(labeled_set(ids), 0.5, 0))
     more = [*ids, "b/99.jpg"]
     before, after = (
         {n for n in names if n != "b/99.jpg"}
         for names in (
-            [ids[i] for i in few_shot_split(of(ids), 5, 0)],
-            [more[i] for i in few_shot_split(of(more), 6, 0)],
+            [ids[i] for i in few_shot_split(labeled_set(ids), 5, 0)],
+            [more[i] for i in few_shot_split(labeled_set(more), 6, 0)],
         )
     )
     assert before < after

@@ -65,7 +65,7 @@ def test_this_version_has_files_or_is_not_released():
 # ---- of a newer version
 
 
-def newer(path):
+def raise_format(path):
     sealed = "checksum" in json.loads(path.read_text())
     key = "schema_version" if path.name == "run.json" else "format_version"
     content = read_checksummed_json(path, "file") if sealed else json.loads(path.read_text())
@@ -87,7 +87,7 @@ OPEN = {
 
 @pytest.mark.parametrize("file", OPEN)
 def test_newer_ones_are_refused(file, files):
-    newer(files / file)
+    raise_format(files / file)
     with refused("99", f"mapet {mapet.__version__}", kind=NewerFormatError):
         OPEN[file]()
 

@@ -73,13 +73,13 @@ class Target(NamedTuple):
     strict: bool = True
 
 
-def same(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor | np.ndarray):
         return a.shape == b.shape and bool((a == b).all())
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(is_same, a, b))
     return bool(a == b)
 
 
@@ -163,7 +163,7 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
     subset.write_text("\n".join(few_digits.read_text().splitlines()[:12]) + "\n")
     mapet.prepare(images=subset, out=prepared, short_side=8)
 
-    def copied(source: Path) -> Callable[[Path], None]:
+    def copy_from(source: Path) -> Callable[[Path], None]:
         return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None
 
     def codebook(folder: Path, _: Any) -> Any:
@@ -184,12 +184,12 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         "weights (zip)": Target(make_zip, read_named, strict=False),
         "weights (legacy)": Target(make_legacy, read_named, strict=False),
         "k-means state": Target(make_state, read_state, strict=False),
-        "codebook": Target(copied(tokenizer_dir), codebook),
+        "codebook": Target(copy_from(tokenizer_dir), codebook),
         "token store": Target(
-            copied(tokens_dir), lambda folder, _: all_rows(TokenStore.open(folder, images)) if folder else None
+            copy_from(tokens_dir), lambda folder, _: all_rows(TokenStore.open(folder, images)) if folder else None
         ),
-        "prepared": Target(copied(prepared), ids_and_sizes, strict=False),
-        "backbone": Target(copied(run_dir / "backbone"), backbone, strict=False),
+        "prepared": Target(copy_from(prepared), ids_and_sizes, strict=False),
+        "backbone": Target(copy_from(run_dir / "backbone"), backbone, strict=False),
     }
 
 
@@ -219,8 +219,8 @@ def attack(name: str, target: Target, folder: Path, count: int) -> None:
                 assert str(error) and len(str(error)) < 3000
                 tally["error"] += 1
             else:
-                tally["same" if same(content, right) else "other"] += 1
-                assert not target.strict or same(content, right), f"{file.name} was misread"
+                tally["same" if is_same(content, right) else "other"] += 1
+                assert not target.strict or is_same(content, right), f"{file.name} was misread"
         file.write_bytes(data)
 
 
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_never_another_one(targets, tmp_path):
         for changed in mutations(data, 25, seed=len(file.name)):
             file.write_bytes(changed)
             actual = read_checkpoints(folder, None)
-            assert same(actual, newest) or actual[0] == 1
+            assert is_same(actual, newest) or actual[0] == 1
         file.write_bytes(data)
 
 

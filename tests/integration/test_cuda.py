@@ -38,7 +38,7 @@ def make(objective, num_predict=None, drop_path=0.0, **args):
     return model
 
 
-def draw(batch=16):
+def draw_batch(batch=16):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 64, 80, generator=generator)
     tokens = torch.randint(500, (batch, 80), generator=generator)
@@ -63,7 +63,7 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     exact = make(objective, num_predict, drop_path=0.2)
     rand = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
     indices = exact.sample_target_indices(20, [0])
-    model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
+    model, batch = deepcopy(exact), replace(draw_batch(), target_indices=indices, drop_path_rand=rand)
     (reference,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
     compute = ComputeContext.from_options("cuda", precision)
     step = ForwardBackward(prepare_for_device(model, compute), compute, 8)
@@ -93,7 +93,7 @@ def test_compiled_blocks_are_compiled_once():
     step = ForwardBackward(prepare_for_device(model, compute), compute, 16)
     model.compile()
     for _ in range(2):
-        step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
+        step(replace(draw_batch().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
     # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
     assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
 
@@ -133,7 +133,7 @@ def test_out_of_memory_halves_the_micro_batch(caplog):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
-        loss = sum(output.loss for output in step(draw(512).to(compute.device)))
+        loss = sum(output.loss for output in step(draw_batch(512).to(compute.device)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512

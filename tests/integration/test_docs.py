@@ -46,10 +46,10 @@ def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
         (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
         args[0] = str(tmp_path / "own.yaml")
     monkeypatch.chdir(ROOT)
-    assert understood(name, args, monkeypatch) is not None
+    assert parse_command(name, args, monkeypatch) is not None
 
 
-def understood(name, args, monkeypatch):
+def parse_command(name, args, monkeypatch):
     """Return the config that the arguments after `mapet NAME` build, without running the command."""
     seen = []
 

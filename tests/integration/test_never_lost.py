@@ -77,7 +77,7 @@ def assert_identical(a, b):
     assert metrics(a) == metrics(b)
 
 
-def killed(argv, seed, kills, seconds):
+def run_with_kills(argv, seed, kills, seconds):
     """Run a command to its end, killed `kills` times after up to so many random seconds."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.crash", *map(str, (seed, kills, seconds)), *argv], capture_output=True,
@@ -93,8 +93,8 @@ def test_killed_at_random_moments(seed, kills, options, tmp_path):
     """A checkpoint after every step: many kills fall into writing one. The result is bit-exact."""
     options |= {"epochs": 10 * kills, "checkpoint_interval_min": 1e-9, "drop_path": 0.3}
     whole = to_argv(options | {"out": tmp_path / "whole", "checkpoint_interval_min": 10})
-    assert killed(whole, seed, 0, 0) == 0
-    survived = killed([*to_argv(options), "--resume"], seed, kills, 1.5)
+    assert run_with_kills(whole, seed, 0, 0) == 0
+    survived = run_with_kills([*to_argv(options), "--resume"], seed, kills, 1.5)
     assert survived == kills
     assert_identical(tmp_path / "whole", tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -141,7 +141,7 @@ def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
     argv = tokenizing(crops, tmp_path / "whole", kmeans_iters=1500)
     run(argv)
     argv[argv.index(str(tmp_path / "whole"))] = str(tmp_path / "parts")
-    assert killed([*argv, "--resume"], 1, kills, 0.6) == kills
+    assert run_with_kills([*argv, "--resume"], 1, kills, 0.6) == kills
     assert files(tmp_path / "whole") == files(tmp_path / "parts")
     assert not list(tmp_path.rglob("*.kmeans.safetensors"))
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_killed_at_random_moments(kills, crops, tmp_path):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_tokens_killed_at_random_moments(kills, few_digits, tokenizer_dir, tokens_dir, tmp_path):
     argv = naming(few_digits, tokenizer_dir, tmp_path / "pieces")
-    assert killed([*argv, "--resume"], 2, kills, 0.25) == kills
+    assert run_with_kills([*argv, "--resume"], 2, kills, 0.25) == kills
     assert files(tokens_dir) == files(tmp_path / "pieces")
 
 
@@ -162,8 +162,8 @@ def test_a_fine_tuning_killed_at_random_moments(kills, run_dir, digits, tmp_path
     argv = {
         name: ["finetune", str(recipe), *to_argv(options | {"out": tmp_path / name})[1:]] for name in ("whole", "parts")
     }
-    assert killed(argv["whole"], 3, 0, 0) == 0
-    assert killed([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
+    assert run_with_kills(argv["whole"], 3, 0, 0) == 0
+    assert run_with_kills([*argv["parts"], "--resume"], 3, kills, 1.5) == kills
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in argv]
     whole, parts = (RunState.read(tmp_path / name) for name in argv)

@@ -19,7 +19,7 @@ import mapet
 from mapet.cli import create_parser
 from mapet.commands import COMMANDS
 from mapet.models.export_formats import FORMATS
-from tests.integration.test_docs import ROOT, understood
+from tests.integration.test_docs import ROOT, parse_command
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -31,7 +31,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
 
 
-def every(language: str) -> list:
+def parametrize_blocks(language: str) -> list:
     result = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language), 1)]
     return [pytest.param(page, text, id=f"{page.stem}-{number}") for page, number, text in result]
 
@@ -61,7 +61,7 @@ def place(run_dir, tokenizer_dir, digits, products, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("page", "code"), every("python"))
+@pytest.mark.parametrize(("page", "code"), parametrize_blocks("python"))
 def test_python_runs(page, code, place):
     """Each block alone, as a reader would paste it."""
     imported = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, flags=re.M)}
@@ -70,7 +70,7 @@ def test_python_runs(page, code, place):
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("page", "text"), every("yaml"))
+@pytest.mark.parametrize(("page", "text"), parametrize_blocks("yaml"))
 def test_yaml_is_a_recipe(page, text, tmp_path, monkeypatch):
     """Its first line names it and its command, which takes it."""
     match = re.match(r"# (\S+\.yaml), for `mapet (.*)`\n", text)
@@ -79,7 +79,7 @@ def test_yaml_is_a_recipe(page, text, tmp_path, monkeypatch):
     name, *args = shlex.split(match[2])
     monkeypatch.chdir(tmp_path)
     given = {"run": ["--images", "PHOTOS", "--out", "OUT"]}.get(name, []) if "--images" not in args else []
-    assert understood(name, args + given, monkeypatch)
+    assert parse_command(name, args + given, monkeypatch)
 
 
 def test_only_known_blocks():

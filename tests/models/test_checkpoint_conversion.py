@@ -36,7 +36,7 @@ def images(size=(16, 16), channels=3, count=2):
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(2))
 
 
-def same(a, b, tolerance=1e-5):
+def is_close(a, b, tolerance=1e-5):
     return ((a - b).abs().max() / b.std()).item() < tolerance
 
 
@@ -130,10 +130,10 @@ def test_dinov2_with_registers(tmp_path):
     weights["register_tokens"] = weights.pop("reg_token")
     torch.save(weights | {"mask_token": torch.zeros(1, 32)}, tmp_path / "dinov2.pth")
     loaded = load_backbone(tmp_path / "dinov2.pth", num_heads=2).eval()
-    assert same(loaded.forward_features(images()), vit.forward_features(images()))
+    assert is_close(loaded.forward_features(images()), vit.forward_features(images()))
     start = vit_of(init_values=0.1, reg_tokens=4)  # a ViT whose registers have positions
     init_from(start, tmp_path / "dinov2.pth")
-    assert same(start.forward_features(images()), vit.forward_features(images()))
+    assert is_close(start.forward_features(images()), vit.forward_features(images()))
 
 
 def published_beit(positions):
@@ -153,7 +153,7 @@ def test_beit_with_absolute_positions_is_the_same_function(tmp_path):
     beit, file = published_beit(positions=True)
     torch.save(file, tmp_path / "beit.pth")
     loaded = load_backbone(tmp_path / "beit.pth", num_heads=2).eval()
-    assert same(loaded.forward_features(images()), beit.forward_features(images()))
+    assert is_close(loaded.forward_features(images()), beit.forward_features(images()))
 
 
 def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_path, caplog):
@@ -211,7 +211,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
     assert not vit.blocks[1].attn.qkv.bias[32:64].any()  # keys have none
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images().sigmoid()
-    assert same(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
+    assert is_close(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
     assert "has relative position bias" in caplog.text
     with refused("--init-from"):
         load_backbone(source)
@@ -236,7 +236,7 @@ def test_another_normalization_goes_into_the_patch_embedding(pre_norm, tmp_path)
         return (pixels - torch.tensor(stats[0]).view(-1, 1, 1)) / torch.tensor(stats[1]).view(-1, 1, 1)
 
     loaded = load_backbone(tmp_path / "vit").eval()
-    assert same(loaded.forward_features(normal(input_mean_std(3))), vit.forward_features(normal((mean, std))))
+    assert is_close(loaded.forward_features(normal(input_mean_std(3))), vit.forward_features(normal((mean, std))))
 
 
 @pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), input_mean_std(3)])
@@ -248,7 +248,7 @@ def test_one_channel_equals_rgb_on_gray_images(stats, tmp_path):
     of_rgb = vit.forward_features((gray.expand(-1, 3, -1, -1) - mean) / std)
     for channels in (1, 6):  # six equal bands: three times the mean of two
         loaded = load_backbone(tmp_path / "vit", in_chans=channels).eval()
-        assert same(loaded.forward_features((gray.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
+        assert is_close(loaded.forward_features((gray.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
 
 
 @pytest.mark.parametrize(("size", "patch"), [((24, 40), 4), ((16, 16), 8), ((20, 30), 5)])
@@ -287,7 +287,7 @@ def test_layer_scale_comes_and_goes_without_a_change(tmp_path, caplog):
         torch.save(vit.state_dict(), tmp_path / "vit.pth")
         start = vit_of(init_values=0.1) if other is scaled else vit_of()
         init_from(start, tmp_path / "vit.pth")
-        assert same(start.forward_features(images()), vit.forward_features(images()))
+        assert is_close(start.forward_features(images()), vit.forward_features(images()))
         assert warning in caplog.text
 
 
@@ -392,7 +392,7 @@ def test_timm_names(monkeypatch):
     our_mean, our_std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images((160, 160)).sigmoid()
     ours, timms = (pixels - our_mean) / our_std, (pixels - mean) / std
-    assert same(loaded.forward_features(ours), vit.forward_features(timms))
+    assert is_close(loaded.forward_features(ours), vit.forward_features(timms))
     assert load_backbone("timm:test_vit", img_size=(64, 32)).patch_embed.grid_size == (4, 2)
 
 
@@ -420,7 +420,7 @@ def test_hugging_face_folders(kind, tmp_path):
     with torch.no_grad():
         base = model.vit if kind == "classifier" else model
         expected = base((pixels - 0.5) / 0.5).last_hidden_state
-        assert same(load_backbone(tmp_path / "vit").eval().forward_features((pixels - mean) / std), expected)
+        assert is_close(load_backbone(tmp_path / "vit").eval().forward_features((pixels - mean) / std), expected)
 
 
 def test_pretraining_starts_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
@@ -438,7 +438,7 @@ def test_pretraining_starts_from_a_released_file(few_digits, tokenizer_dir, toke
     expected = load_backbone(
         tmp_path / "vit_standard_tiny.tar", num_heads=2, img_size=(8, 8), patch_size=2, in_chans=1
     ).eval()
-    assert same(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
+    assert is_close(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
     for warning in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
                   "LayerScale starts at 1", "no part of the encoder: head, mask_token"):  # fmt: skip
         assert warning in caplog.text

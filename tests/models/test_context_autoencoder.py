@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mapet.models.backbone import create_vit
 from mapet.models.context_autoencoder import ContextAutoencoder
-from tests.models.test_objectives_reference import GRID, HEADS, PATCH, N, draw, make
+from tests.models.test_objectives_reference import GRID, HEADS, PATCH, N, draw_batch, make
 from tests.refused import refused
 
 WIDTH = 16
@@ -77,7 +77,7 @@ def test_context_autoencoder(c, drops):
     model = make("cae", c, ContextAutoencoder)
     assert torch.allclose(model.positions, sine_cosine_positions(), atol=1e-6)  # made in float32
     model.positions = sine_cosine_positions()
-    batch, drop_path_scale = draw(), lambda _block, _branch: 1
+    batch, drop_path_scale = draw_batch(), lambda _block, _branch: 1
     if drops:
         torch.manual_seed(2)
         arguments = {"embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "init_values": 0.3}
@@ -132,7 +132,7 @@ def test_positions_need_a_width_of_fours():
 
 def test_context_autoencoder_does_not_see_hidden_patches():
     model = make("cae", 5, ContextAutoencoder)
-    batch = draw(1)
+    batch = draw_batch(1)
     images, permutation = batch.images, batch.permutation
     changed = images.clone()
     row, column = divmod(int(permutation[0, 7]), GRID[1])

@@ -38,7 +38,7 @@ def make(name, c, kind=ViTForPreTraining, **options):
     return model
 
 
-def draw(batch=2, seed=1):
+def draw_batch(batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, 12, 16, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, N, generator=generator).argsort(1)
@@ -115,7 +115,7 @@ TABLED = [name for name in OBJECTIVES if name != "cae"]
 @pytest.mark.parametrize("name", TABLED)
 def test_logits_equal_the_row_by_row_program(name, c):
     model = make(name, c)
-    batch = draw()
+    batch = draw_batch()
     images, permutation = batch.images, batch.permutation
     logits = model.predict(batch)
     for b in range(len(images)):
@@ -126,7 +126,7 @@ def test_logits_equal_the_row_by_row_program(name, c):
 @pytest.mark.parametrize("name", ["mapet", "pim"])
 def test_separate_query_tokens(name):
     model = make(name, 4, separate_query_token=True)
-    batch = draw(1)
+    batch = draw_batch(1)
     images, permutation = batch.images, batch.permutation
     expected = plain_logits(model, name, images[0], permutation[0].tolist(), 4)
     assert torch.allclose(model.predict(batch)[0], expected, atol=1e-10)
@@ -144,7 +144,7 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
     """timm's own blocks under a triangular mask, the next position added: AIM's and iGPT's control."""
     model = make("causal", 0)
     vit = model.vit
-    batch = draw()
+    batch = draw_batch()
     images = batch.images
     order = torch.arange(N).expand(2, -1)
     embedded = vit._pos_embed(vit.patch_embed(images))
@@ -164,7 +164,7 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
 def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
     """With gradients: what a drawn ratio relies on."""
     model, made = make(name, other), make(name, c)
-    batch = draw()
+    batch = draw_batch()
     for one, given_c in ((model.train(train), c), (made.train(train), None)):
         one(replace(batch, num_context=given_c)).loss.backward()
     for (key, parameter), same in zip(model.named_parameters(), made.parameters(), strict=True):
@@ -184,7 +184,7 @@ def test_ratios_of_224_px(ratio, c):
 def test_targets_that_are_numbers(name, target):
     kind = ContextAutoencoder if name == "cae" else ViTForPreTraining
     model = make(name, 5, kind, target=target)
-    batch = draw()
+    batch = draw_batch()
     images, permutation = batch.images, batch.permutation
     if target == "pixels":
         reference = normalized_patches(images, GRID)

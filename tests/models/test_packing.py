@@ -41,7 +41,7 @@ def make(objective=MAPET, c=5, num_predict=None, drop_path=0.0, dtype=torch.floa
     return model
 
 
-def draw(batch=6, dtype=torch.float64):
+def draw_batch(batch=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 16, 20, generator=generator, dtype=torch.float64).to(dtype)
     permutation = torch.rand(batch, 20, generator=generator).argsort(1)
@@ -68,7 +68,7 @@ def test_equals_the_released_way(args, fused):
     model = make(**args)
     for block in model.vit.blocks:
         block.attn.fused_attn = fused
-    batch = draw()
+    batch = draw_batch()
     expected, logits = reference_loss(model, batch.images, batch.targets, batch.permutation)
     expected.backward()
     reference = gradients(model)
@@ -85,7 +85,7 @@ def test_equals_the_released_way(args, fused):
 def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     model = make(objective, dtype=torch.float32)
     low = deepcopy(model)
-    batch = draw(32, torch.float32)
+    batch = draw_batch(32, torch.float32)
     exact = joined(ForwardBackward(model, ComputeContext(torch.device("cpu"), torch.float32), 32)(batch))
     compute = ComputeContext(torch.device("cpu"), torch.bfloat16)
     rough = joined(ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch))
@@ -105,7 +105,7 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
     survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
         step = ForwardBackward(made, FLOAT64, size)
-        made.prediction = joined(step(replace(draw(), drop_path_rand=survival)))
+        made.prediction = joined(step(replace(draw_batch(), drop_path_rand=survival)))
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.num_correct == whole.prediction.num_correct
@@ -207,7 +207,7 @@ def test_chunked_cross_entropy(monkeypatch, rows, scale):
 def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
     """The rows of some indices, computed alone, equal those computed with all others."""
     model = make(objective, num_predict=m)
-    batch = draw()
+    batch = draw_batch()
     everything = model.encode(batch)
     ranks = torch.randperm(15)[:m].sort().values
     some = model.encode(replace(batch, target_indices=ranks))
@@ -220,7 +220,7 @@ def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
 
 def test_a_subset_of_targets_is_an_unbiased_estimate():
     model = make(num_predict=5).train()
-    batch = draw(2)
+    batch = draw_batch(2)
     with torch.no_grad():
         draws = torch.stack(
             [model(replace(batch, target_indices=model.sample_target_indices(5, [n]))).loss for n in range(400)]
@@ -273,7 +273,7 @@ def test_arithmetic_is_what_pytorch_counts():
     for block in model.vit.blocks:
         block.attn.fused_attn = False
     shape = Shape(32, 3, patches=20, context=5, vocabulary=40, patch_values=48)
-    batch = draw(1, torch.float32)
+    batch = draw_batch(1, torch.float32)
     with FlopCounterMode(display=False) as counter:
         model(batch).loss.backward()
     p, content = 15, 36
@@ -292,7 +292,7 @@ def test_compiled_step_equals_eager():
     """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
     eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
     compiled.compile()
-    results = [joined(ForwardBackward(m, FLOAT64, 6)(draw(6, torch.float32))) for m in (eager, compiled)]
+    results = [joined(ForwardBackward(m, FLOAT64, 6)(draw_batch(6, torch.float32))) for m in (eager, compiled)]
     assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
     reference = gradients(eager)
     for name, gradient in gradients(compiled).items():

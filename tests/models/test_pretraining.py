@@ -28,7 +28,7 @@ def make(objective, c, size=(12, 20), patch=4, channels=3, drop_path=0.0, seed=0
     return model
 
 
-def draw(model, batch, channels=3, seed=1):
+def draw_batch(model, batch, channels=3, seed=1):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, channels, *model.vit.patch_embed.img_size, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, model.num_patches, generator=generator).argsort(1)
@@ -56,7 +56,7 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
     n = grid[0] * grid[1]
     c = data.draw(st.integers(0, n - 1))
     model = make(MAPET, c, (4 * grid[0], 4 * grid[1]), channels=channels, **args)
-    drawn = draw(model, batch, channels)
+    drawn = draw_batch(model, batch, channels)
     images, tokens, permutation = drawn.images, drawn.targets, drawn.permutation
     loss, correct, targets, losses = model(drawn)
     assert torch.allclose(losses.mean(), loss) and losses.shape == (len(images),)
@@ -87,7 +87,7 @@ def test_context_and_mask_rows_equal_a_mim_pass(c, args):
             continue  # there are no such tokens
         whole, part = (make(replace(objective, output_segment=segment), c, **args) for objective in (MAPET, MIM))
         part.load_state_dict(whole.state_dict())
-        batch = draw(whole, 2)
+        batch = draw_batch(whole, 2)
         assert torch.allclose(*(model.encode(batch) for model in (whole, part)), atol=1e-10)
 
 
@@ -95,7 +95,7 @@ def test_mim_equals_timm_with_the_hidden_patches_replaced():
     """An independent MIM: as BEiT, in raster order, mask tokens in place of masked patches, no attention mask."""
     model = make(MIM, 5)
     vit = model.vit
-    batch = draw(model, 2)
+    batch = draw_batch(model, 2)
     images, permutation = batch.images, batch.permutation
     x = vit.patch_embed(images)
     hidden = torch.zeros(2, model.num_patches, dtype=torch.bool).scatter(1, permutation[:, 5:], True)
@@ -110,7 +110,7 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
     c = 4
     model = make(PIM, c)
     vit = model.vit
-    batch = draw(model, 1)
+    batch = draw_batch(model, 1)
     images, permutation = batch.images, batch.permutation
     logits = model.predict(batch)
     embedded = vit._pos_embed(vit.patch_embed(images))
@@ -143,7 +143,7 @@ def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
     last = model.vit.blocks[1]
     last.norm1.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
     last.norm2.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
-    model.encode(draw(model, 64))
+    model.encode(draw_batch(model, 64))
     before, after = result
     unchanged = (after == before[:, model.layout().output_rows]).all(dim=2)
     assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
@@ -153,7 +153,7 @@ def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
 @pytest.mark.parametrize("fused", [True, False])
 def test_fused_and_plain_attention_agree(fused):
     model = make(MAPET, 5)
-    batch = draw(model, 2)
+    batch = draw_batch(model, 2)
     results = []
     for setting in (True, False):
         for block in model.vit.blocks:
@@ -169,7 +169,7 @@ def test_fused_and_plain_attention_agree(fused):
 def test_export_is_free(args, channels, tmp_path):
     """The pre-trained state dict loads into timm with strict=True and gives the same features."""
     model = make(MAPET, 5, channels=channels, drop_path=0.1, **args).float()
-    images = draw(model, 2, channels).images.float()
+    images = draw_batch(model, 2, channels).images.float()
     features = model.vit.forward_features(images)
 
     made = timm.create_model(

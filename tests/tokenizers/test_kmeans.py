@@ -212,7 +212,7 @@ def points_for(mode):
     return blobs() if mode["batch_size"] else torch.cat([blobs(), blobs()[:1].repeat(700, 1)])
 
 
-def in_several_processes(rank, folder, world):
+def run_rank(rank, folder, world):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
     result = {}
@@ -239,7 +239,7 @@ def in_several_processes(rank, folder, world):
 
 def test_processes_agree_and_equal_one(tmp_path):
     (tmp_path / "0").mkdir()
-    multiprocessing.spawn(in_several_processes, (tmp_path, 2), nprocs=2)
+    multiprocessing.spawn(run_rank, (tmp_path, 2), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for index, mode in enumerate(MODES):
         single = KMeans(50, 8, 2, **mode).fit(points_for(mode))
@@ -271,7 +271,7 @@ class Stop:
             raise self.error
 
 
-def same(one, other):
+def is_same_state(one, other):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
 
 
@@ -291,7 +291,7 @@ def test_resume_is_bit_exact(mode, dtype, tmp_path, monkeypatch):
         done = []
         after_each_round(monkeypatch, done.append)
         again = KMeans(40, 4, 3, 5, dtype, **mode).fit(points, checkpoint)
-        assert same(again, whole) and len(done) == 12 - rounds
+        assert is_same_state(again, whole) and len(done) == 12 - rounds
     assert not list(tmp_path.glob(".*"))
 
 

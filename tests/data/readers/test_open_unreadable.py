@@ -25,7 +25,7 @@ def photo(photos) -> Image.Image:
     return Image.fromarray(photos[0][100:160, 200:280])  # 80 x 60
 
 
-def reason(path: Path, channels: int = 3) -> str:
+def decode_error(path: Path, channels: int = 3) -> str:
     with pytest.raises(ImageDecodeError) as caught:
         open_image(path, channels).read()
     return str(caught.value)
@@ -37,10 +37,10 @@ def test_truncated_corrupt_and_empty(photo, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     (tmp_path / "noise.png").write_bytes(os.urandom(500))
     (tmp_path / "empty.jpg").write_bytes(b"")
-    assert "truncated" in reason(tmp_path / "cut.jpg")
-    assert "not an image" in reason(tmp_path / "noise.png")
-    assert reason(tmp_path / "empty.jpg") == "zero bytes"
-    assert "No such file" in reason(tmp_path / "absent.jpg")
+    assert "truncated" in decode_error(tmp_path / "cut.jpg")
+    assert "not an image" in decode_error(tmp_path / "noise.png")
+    assert decode_error(tmp_path / "empty.jpg") == "zero bytes"
+    assert "No such file" in decode_error(tmp_path / "absent.jpg")
 
 
 def test_mutated_bytes_never_escape_as_another_error(photo, tmp_path):
@@ -73,7 +73,7 @@ def test_truncated_jpegs_are_accepted_as_pillow_does(photo, tmp_path, progressiv
             with Image.open(path) as image:
                 expected = np.asarray(image.convert("RGB"))
         except Exception:
-            assert reason(path)
+            assert decode_error(path)
         else:
             assert np.array_equal(open_image(path).read().permute(1, 2, 0), expected)
 
@@ -123,14 +123,16 @@ def test_enormous_dimensions_are_refused_before_decoding(tmp_path):
     chunk = b"IHDR" + header
     png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "bomb.png").write_bytes(png + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
-    assert "10000000000 pixels" in reason(tmp_path / "bomb.png") or "100000 x 100000" in reason(tmp_path / "bomb.png")
+    assert "10000000000 pixels" in decode_error(tmp_path / "bomb.png") or "100000 x 100000" in decode_error(
+        tmp_path / "bomb.png"
+    )
 
 
 def test_float_and_32_bit_images_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tif")
     Image.fromarray(np.full((4, 4), 70000, np.int32)).save(tmp_path / "i.tif")
-    assert reason(tmp_path / "f.tif").startswith("float32 pixels (1 to 1)")
-    assert reason(tmp_path / "i.tif").startswith("int32 pixels (70000 to 70000)")
+    assert decode_error(tmp_path / "f.tif").startswith("float32 pixels (1 to 1)")
+    assert decode_error(tmp_path / "i.tif").startswith("int32 pixels (70000 to 70000)")
 
 
 def test_arrays_of_many_channels(tmp_path):
@@ -140,9 +142,9 @@ def test_arrays_of_many_channels(tmp_path):
     np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     assert open_image(tmp_path / "a.npy", 7).read().shape == (7, 4, 5)
     assert open_image(tmp_path / "b.npy", 7).read().unique().tolist() == [2]
-    assert "expected (H, W, 3)" in reason(tmp_path / "a.npy", 3)
-    assert "float64" in reason(tmp_path / "c.npy", 7)
-    assert "damaged" in reason(tmp_path / "pickled.npy", 7)
+    assert "expected (H, W, 3)" in decode_error(tmp_path / "a.npy", 3)
+    assert "float64" in decode_error(tmp_path / "c.npy", 7)
+    assert "damaged" in decode_error(tmp_path / "pickled.npy", 7)
 
 
 def test_no_permission(photo, tmp_path):
@@ -154,7 +156,7 @@ def test_no_permission(photo, tmp_path):
                 folder.chmod(0o755)
         os.seteuid(65534)
     try:
-        assert reason(tmp_path / "a.png") in ("no permission to read it",)
+        assert decode_error(tmp_path / "a.png") in ("no permission to read it",)
     finally:
         if os.getuid() == 0:
             os.seteuid(0)

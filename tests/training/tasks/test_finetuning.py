@@ -124,7 +124,7 @@ def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, grays, tmp_path):
 
 
 @pytest.fixture
-def watched(its_classifier, monkeypatch):
+def recorded_batches(its_classifier, monkeypatch):
     """Record (training, pixels in [0, 1]) of each batch that the model gets; and the model."""
     seen, models, inner = [], [], finetuning.load_backbone
 
@@ -138,14 +138,14 @@ def watched(its_classifier, monkeypatch):
     return seen, models
 
 
-def of(seen, training):
+def select_pixels(seen, training):
     return torch.cat([pixels for while_training, pixels in seen if while_training == training])
 
 
-def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, tmp_path):
+def test_mixup_blends_images_and_labels_in_training_alone(recorded_batches, vit, grays, tmp_path):
     """The gray of mixed black and white gives the target's mixture; label smoothing applies, too."""
     _, rows = tune(vit, grays, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
-    trained, evaluated = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
+    trained, evaluated = (select_pixels(recorded_batches[0], training).mean((1, 2, 3)) for training in (True, False))
     assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
     assert sorted(evaluated.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
     white = trained * 0.8 + 0.1
@@ -156,16 +156,19 @@ def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, t
 @pytest.mark.parametrize(
     ("options", "share"), [({"random_erasing": 1.0}, 0.6), ({"cutmix": 1.0, "seed": 1}, 0.1), ({}, 0.0)]
 )
-def test_boxes_are_erased_and_swapped_in_training_alone(options, share, watched, vit, grays, tmp_path):
+def test_boxes_are_erased_and_swapped_in_training_alone(options, share, recorded_batches, vit, grays, tmp_path):
     tune(vit, grays, tmp_path / "out", **(options | {"epochs": 3}))
-    uneven = [(of(watched[0], training).std((1, 2, 3)) > 0.01).float().mean() for training in (True, False)]
-    assert len(of(watched[0], True)) == 36 and uneven[1] == 0
+    uneven = [
+        (select_pixels(recorded_batches[0], training).std((1, 2, 3)) > 0.01).float().mean()
+        for training in (True, False)
+    ]
+    assert len(select_pixels(recorded_batches[0], True)) == 36 and uneven[1] == 0
     assert uneven[0] >= share if share else uneven[0] == 0
 
 
-def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, grays, tmp_path):
+def test_drop_path_rises_to_the_last_block_and_is_not_saved(recorded_batches, vit, grays, tmp_path):
     tune(vit, grays, tmp_path / "out", drop_path=0.4)
-    (model,) = watched[1]
+    (model,) = recorded_batches[1]
     rates = [
         getattr(layer, "drop_prob", 0.0) for block in model.blocks for layer in (block.drop_path1, block.drop_path2)
     ]
@@ -201,7 +204,7 @@ def test_moving_average_is_evaluated_and_saved(monkeypatch, vit, grays, tmp_path
     ("options", "count"),
     [({"labels_per_class": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"labels_per_class": 0.01}, 1)],
 )
-def test_labels_are_those_of_the_published_split(options, count, watched, vit, grays):
+def test_labels_are_those_of_the_published_split(options, count, recorded_batches, vit, grays):
     """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""
     config = FinetuneConfig(
         backbone=str(vit), images=grays, test_images=grays, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
@@ -215,7 +218,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     train = tuned.train
     assert sorted(train.images.id(i) for i in range(len(train.images))) == sorted(ids["a"] + ids["b"])
     assert train.labels.tolist() == [0] * count + [1] * count
-    assert len(of(watched[0], True)) == 2 * count and tuned.num_test == 12  # all test images
+    assert len(select_pixels(recorded_batches[0], True)) == 2 * count and tuned.num_test == 12  # all test images
 
 
 ALL_THAT_IS_DRAWN = {
