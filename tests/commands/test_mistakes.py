@@ -263,7 +263,7 @@ def test_mismatched_tokens_name_both_sides(capsys, digits, few_digits, tokenizer
     fails(capsys, *pretrain, *other, named=[tokens_dir, digits / "test", "288 images", "360"])
     mapet.fit_tokenizer(images=few_digits, out=tmp_path / "tok", image_size=8, patch_size=2, channels=1, vocab_size=17)
     hashes = [
-        json.loads((folder / "visual_tokenizer.json").read_text())["hash"]
+        json.loads((folder / "visual_tokenizer.json").read_text())["hash"][:12]
         for folder in (tokenizer_dir, tmp_path / "tok")
     ]
     fails(capsys, *pretrain, "--images", few_digits, "--tokenizer", tmp_path / "tok", named=[tokens_dir, *hashes])
@@ -618,7 +618,7 @@ def test_a_run_resumes_only_in_the_folder_of_its_recipe(capsys, crops, tmp_path,
     RunState(command="run").write(recipe.parent)
     Path("runs/a/tokenizer").mkdir()
     Path("runs/a/tokenizer/damaged").touch()
-    fails(capsys, "run", recipe, "--resume", named=[f"{out / 'tokenizer'}"])  # it is resumed
+    fails(capsys, "run", recipe, "--resume", named=["runs/a/tokenizer"])  # it is resumed
     monkeypatch.chdir(tmp_path)
     fails(capsys, "run", "home" / recipe, "--resume", named=[Path.cwd(), "--out is runs/a", "--out home/runs/a"])
     fails(capsys, "run", "home/runs/a", "--resume", named=["home/runs/a/config.yaml"])
