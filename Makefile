@@ -14,7 +14,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(READY)  ## pre-train on 1,437 handwritten digits, print what was learned, leave pictures in demo/
+demo: $(READY)  ## pre-train on 1,437 handwritten digits, print what was learned, leave figures in demo/
 	rm -rf demo
 	$(BIN)/mapet demo --out demo
 
@@ -24,7 +24,7 @@ test: $(READY) lint  ## every test but the slow ones
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
 
-test-crash: $(READY)  ## every command ended at each of its writes and resumed: hours; a later call goes on where this one stopped
+test-crash: $(READY)  ## every command ended at each of its writes and resumed: hours; a later call resumes where this one stopped
 	$(BIN)/python -m tests.crash_points --state .crash_points.json
 
 test-minimum:  ## unit and parity tests with the lowest versions that pyproject.toml allows; 6 GB in a temporary folder

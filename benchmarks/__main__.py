@@ -41,14 +41,14 @@ SPEED = {
 
 def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    words = sys.argv[1:]
-    words[:1] = [word.replace("-", "_") if word[0] != "-" else word for word in words[:1]]
+    argv = sys.argv[1:]
+    argv[:1] = [arg.replace("-", "_") if arg[0] != "-" else arg for arg in argv[:1]]
     names: Sequence[str] = NAMES
-    if words[:1] in (["gpu"], ["gpu_study"]):  # without the others, and what they import
-        names = words[:1]
+    if argv[:1] in (["gpu"], ["gpu_study"]):  # without the others, and what they import
+        names = argv[:1]
         early = argparse.ArgumentParser(add_help=False)
         early.add_argument("--data", type=Path, default=gpu_data.FILE)
-        gpu_data.add_packages(early.parse_known_args(words)[0].data)
+        gpu_data.add_packages(early.parse_known_args(argv)[0].data)
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__, formatter_class=raw)
     parser.add_argument("--list", action="store_true", help="name all benchmarks")
@@ -67,9 +67,9 @@ def main() -> None:
     command.add_argument("--check", action="store_true", help="write nothing, fail if a table differs")
 
     with tempfile.TemporaryDirectory() as scratch:
-        if "--smoke" in words and words[0] in modules:
-            words[1:1] = [word.format(scratch=scratch) for word in modules[words[0]].SMOKE]
-        args = parser.parse_args(words)
+        if "--smoke" in argv and argv[0] in modules:
+            argv[1:1] = [arg.format(scratch=scratch) for arg in modules[argv[0]].SMOKE]
+        args = parser.parse_args(argv)
         if args.name in modules:
             run_one(args)
     if args.list:
@@ -94,7 +94,7 @@ def run_one(args: argparse.Namespace) -> None:
 
 
 def run_all(args: argparse.Namespace) -> None:
-    """Run every speed benchmark in a process of its own. Leave the machine alone meanwhile."""
+    """Run every speed benchmark in its own process. Nothing else should run meanwhile."""
     failed = []
     for name, options in SPEED.items():
         benchmark = name.partition("-")[0]

@@ -75,11 +75,11 @@ def from_scratch(backbone: Path, fraction: float, epochs: int, images: dict[str,
 def frozen(name: str, source: str, images: dict[str, Path], out: Path) -> Row:
     """k-NN and logistic regression on the features of a backbone, with few labels of seed 0 and with all."""
     per_class = min(len(list(folder.iterdir())) for folder in images["images"].iterdir() if folder.is_dir())
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=[source], protocols=["knn", "few-shot"], few_shot=(0.01, 0.1, per_class), num_seeds=1, out=out / f"evaluation {name}",
         **images,
     )  # fmt: skip
-    (metrics,) = found.values()
+    (metrics,) = result.values()
     splits = {"1": "1pct", "10": "10pct", "100": f"{per_class}"}
     return {"knn": metrics["knn"]} | {f"logistic_{key}": metrics[f"few_shot_{split}"] for key, split in splits.items()}
 

@@ -51,12 +51,12 @@ GROUPS = {
     "artifact": ((2_666_000, 4_620_000),),
     "food, plant, place, person": ((4_620_000, 99_999_999),),
 }
-"""Of ImageNet's classes, by WordNet's numbers; the first that holds one."""
+"""Of ImageNet's classes, by wnids; the first that holds one."""
 
 
 @dataclass
 class Benchmark:
-    """Images, how the ViT sees them, and seconds of one core for each run.
+    """Images, input size of the ViT, and seconds of one core for each run.
 
     Attributes:
         train: text file of images; their labels are used by probes alone.
@@ -76,7 +76,7 @@ class Benchmark:
     lightly: Path | None
 
     def tokens(self) -> float:
-        """Make tokenizer and tokens, once for all runs; returns seconds of one core, which count for each run."""
+        """Fit tokenizer and tokens once for all runs; return seconds of one core, added to each run."""
 
         def work() -> float:
             remove(self.out / "tokenizer", self.out / "tokens")
@@ -89,7 +89,7 @@ class Benchmark:
         return cached(self.out / "tokens.json", work)
 
     def pretrain(self, method: str, seed: int, epochs: int, folder: Path) -> float:
-        """Leave a timm folder at folder/backbone; returns seconds of one core."""
+        """Write a timm folder at folder/backbone; return seconds of one core."""
         remove(folder)
         log = folder.with_suffix(".txt")
         if not method.startswith("lightly-train"):
@@ -149,36 +149,36 @@ class Benchmark:
             command = [*mapet("finetune", **options), *["--from-scratch"] * scratch]
             cpu_seconds(command, log)
         results = RunState.read(evaluation).results["backbones"][source]
-        found = {name: results[name]["metrics"][name]["value"] for name in ("logistic", "knn")}
+        result = {name: results[name]["metrics"][name]["value"] for name in ("logistic", "knn")}
         accuracy = RunState.read(tuned).results["accuracy"]
-        return {"method": method, "logistic": found["logistic"], "knn": found["knn"], "finetune": accuracy, **spent}
+        return {"method": method, "logistic": result["logistic"], "knn": result["knn"], "finetune": accuracy, **spent}
 
 
 def mapet(name: str, **options: object) -> list[object]:
-    """Words of a command."""
-    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-    return [sys.executable, "-m", "mapet", name, *words]
+    """Arguments of a command."""
+    argv = [arg for key, value in options.items() for arg in (f"--{key.replace('_', '-')}", value)]
+    return [sys.executable, "-m", "mapet", name, *argv]
 
 
 def cpu_seconds(command: list[object], log: Path) -> float:
     """Run a command on one core; returns the seconds of CPU time it took."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    words = [str(word) for word in command]
+    argv = [str(arg) for arg in command]
     with log.open("a") as file:
         process = subprocess.Popen(
-            words,
+            argv,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1", "MAPET_WORKERS": "0"},
         )
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(words)} failed, see {log}")
+        raise SystemExit(f"{' '.join(argv)} failed, see {log}")
     return usage.ru_utime + usage.ru_stime
 
 
 def remove(*folders: Path) -> None:
-    """Remove what a run that was stopped left."""
+    """Remove the files of an interrupted run."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -206,7 +206,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--photos", type=Path, help="photos.zip or its folder, instead of CIFAR-10")
     parser.add_argument(
-        "--lightly", type=Path, help="python of an environment with lightly-train; else its methods are left out"
+        "--lightly", type=Path, help="python of an environment with lightly-train; else its methods are skipped"
     )
     parser.add_argument("--budget", type=float, default=200, help="seconds of one core")
     parser.add_argument("--finetune-epochs", type=int, default=100)

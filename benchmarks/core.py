@@ -71,13 +71,13 @@ class TimeUp(KeyboardInterrupt):
 
 
 def seconds_left(minutes: float) -> float:
-    """Until so many minutes have passed since the program began."""
+    """Return the seconds until `minutes` have passed since the program began."""
     return 60 * minutes - (time.monotonic() - STARTED)
 
 
 @contextmanager
 def time_limit(minutes: float) -> Iterator[None]:
-    """Leave the block so many minutes after the program began, wherever it is then."""
+    """Interrupt the block `minutes` after the program began."""
 
     def stop(*_: Any) -> None:
         raise TimeUp
@@ -110,17 +110,17 @@ def machine() -> Row:
 
 
 def installed_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Seconds, GPU included, and what `work` returns."""
+    """Return seconds, GPU included, and the result of `work`."""
     started = time.perf_counter()
     result = work()
     if torch.cuda.is_available():
@@ -129,7 +129,7 @@ def timed(work: Callable[[], T]) -> tuple[float, T]:
 
 
 def in_turns(works: Mapping[K, Callable[[], Any]], rounds: int, warmup: int = 0) -> dict[K, list[float]]:
-    """Seconds of each of `rounds` calls; all take turns, so that noise meets all. The first `warmup` rounds don't count."""
+    """Time `rounds` calls of each, alternating, so that noise affects all; the first `warmup` rounds are discarded."""
     seconds: dict[K, list[float]] = {name: [] for name in works}
     for _ in range(warmup + rounds):
         for name, work in works.items():
@@ -138,33 +138,33 @@ def in_turns(works: Mapping[K, Callable[[], Any]], rounds: int, warmup: int = 0)
 
 
 def median_seconds(work: Callable[[], Any], rounds: int = 3) -> float:
-    """After a first call that doesn't count."""
+    """Time `work` after one warm-up call."""
     return statistics.median(in_turns({"work": work}, rounds, warmup=1)["work"])
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
-    """Of neighbors in time."""
+    """Return the median ratio of neighboring timings."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=False))
 
 
 def in_new_process(work: Callable[..., T], *args: Any) -> T:
-    """Call a function of a module in a fresh process: nothing imported, no memory used before."""
+    """Call a function of a module in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args).result()
 
 
 def memory_now() -> int:
-    """Bytes of this process."""
+    """Return the resident memory of this process, bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_memory() -> int:
-    """Largest number of bytes that this process has had; not that of the process that started it, as getrusage's."""
+    """Return the peak resident memory of this process, bytes; getrusage's includes the parent's."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def cached(path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns, JSON, kept in `path`: what is done already is not done again."""
+    """Return the result of `work`, cached as JSON in `path`."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, work())

@@ -20,7 +20,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def unpack(data: Path, out: Path) -> Path:
-    """Folder of an archive NAME.zip that holds one, unpacked into `out`; or `data` itself if it is a folder."""
+    """Unpack NAME.zip, which holds a folder NAME, into `out`; return the folder, or `data` itself if it is one."""
     if data.suffix != ".zip":
         return data
     if not (out / data.stem).exists():

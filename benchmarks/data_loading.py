@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list[Row]:
-    """One row a contestant: images/s and times plain, of centered and of random crops; one of `prepare`, one of a loader."""
+    """Return a row per loader: images/s and speedup, of centered and of random crops; one of `prepare`."""
     write_photos(photos, folder / "photos", count)
     preparing, _ = timed(lambda: mapet.prepare(images=folder / "photos", out=folder / "prepared"))
     size = sum(file.stat().st_size for file in (folder / "prepared").iterdir()) / count
@@ -77,7 +77,7 @@ def measure(folder: Path, photos: Path | None, count: int, rounds: int) -> list[
 
 
 def contestants(datasets: dict[str, ViewDataset], kind: str, count: int) -> dict[str, Callable[[], Any]]:
-    """Name -> function that makes one batch, another one each time."""
+    """Return name -> function that loads the next batch."""
     plain, epochs, paths = plain_transform(kind), itertools.count(), list(datasets["photos"].images)
 
     def batch(source: str) -> Any:
@@ -111,13 +111,13 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
 
 
 def read_by_workers(dataset: ViewDataset, count: int) -> int:
-    """Read 2,048 images in batches of 32, so many that starting the workers counts little."""
+    """Read 2,048 images in batches of 32, so many that starting the workers takes a small fraction."""
     os.environ["MAPET_WORKERS"] = "2"
     return sum(1 for _ in create_loader(dataset, position_batches(range(count), 32, view_index=0) * (2048 // count)))
 
 
 def make_tokens(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:
-    """Store of zeros."""
+    """Create a token store of zeros."""
     folder.mkdir()
     store = TokenStore.create(folder, images, "none", 1024, GRID, spec, 8)
     for part in store.shards:
@@ -129,9 +129,9 @@ SMOKE = ["--num-images", "8", "--rounds", "1"]
 TABLES = {
     "main": Table({
         "": "{name}", "images/s, centered / crop": "{center:,.0f} / {crop:,.0f}",
-        "times plain": "{times_plain_center:.2f} / {times_plain_crop:.2f}",
+        "speedup": "{times_plain_center:.2f} / {times_plain_crop:.2f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" in row]),
     "others": Table({
-        "": "{name}", "ms an image": "{ms:.1f}", "kB": "{kB_per_image:.0f}", "images/s": "{center:,.0f}",
+        "": "{name}", "ms per image": "{ms:.1f}", "kB": "{kB_per_image:.0f}", "images/s": "{center:,.0f}",
     }, rows=lambda rows: [row for row in rows if "times_plain_crop" not in row]),
 }  # fmt: skip

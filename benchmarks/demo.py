@@ -22,12 +22,12 @@ def run(args: argparse.Namespace) -> Result:
     def results(seed: int) -> dict[str, dict[str, float]]:
         return cached(args.out / f"seed{seed}.json", lambda: mapet.demo(out=args.out / f"seed{seed}", seed=seed))
 
-    found = [results(seed) for seed in args.seeds]
+    runs = [results(seed) for seed in args.seeds]
     rows = []
     for metric, title in METRICS.items():
         row: Row = {"metric": title}
         for name in ("raw pixels", "untrained", "pretrained"):
-            values = [result[name][metric] for result in found if metric in result[name]]
+            values = [result[name][metric] for result in runs if metric in result[name]]
             if values:
                 key = name.replace(" ", "_")
                 row |= {key: statistics.mean(values), f"{key}_min": min(values), f"{key}_max": max(values)}

@@ -14,7 +14,7 @@ from benchmarks.tables import Table, load_rows
 
 @dataclass(frozen=True)
 class Shape:
-    """A ViT and its input, in the letters of the paper: N patches, c context, V words, D wide."""
+    """A ViT and its input, in the letters of the paper: N patches, c context, V codes, width D."""
 
     width: int
     depth: int
@@ -35,15 +35,15 @@ class Shape:
 
 
 def linear(shape: Shape, content: int, query: int, keys: int) -> int:
-    """Multiply-adds of a block's products with weights: `content` and `query` rows ask, `keys` rows are seen."""
+    """Multiply-adds of a block's linear layers: `content` and `query` rows have queries, `keys` rows keys and values."""
     d2 = shape.width**2
     return (content + query) * (2 + 2 * shape.mlp_ratio) * d2 + keys * 2 * d2
 
 
 def forward(shape: Shape) -> dict[str, int]:
-    """Multiply-adds for one image that MaPeT's definition asks for, and no more.
+    """Fewest multiply-adds for one image that MaPeT's definition needs.
 
-    Each row attends to exactly N + 1 columns; query rows make no keys and values; in the last block only query rows ask.
+    Each row attends to exactly N + 1 columns; query rows make no keys and values; in the last block only query rows have queries.
     """
     p, sees = shape.predicted, 1 + shape.patches
     whole = linear(shape, shape.content_rows, p, shape.content_rows)
@@ -64,7 +64,7 @@ def training_flops(shape: Shape) -> int:
 
 
 def reference_training_flops(shape: Shape) -> int:
-    """What the released way computes: every row in every block, attention over all columns."""
+    """FLOPs of the released implementation: every row in every block, attention over all keys."""
     p, columns = shape.predicted, shape.content_rows
     block = linear(shape, columns, p, columns) + (columns + p) * columns * 2 * shape.width
     embedding = shape.patches * shape.patch_values * shape.width
@@ -74,7 +74,7 @@ def reference_training_flops(shape: Shape) -> int:
 MODELS = {"ViT-T": Shape(192, 12), "ViT-S": Shape(384, 12), "ViT-B": Shape(768, 12)}
 IMAGES, EPOCHS = 1_281_167, 300
 A100_TO_H100 = 312 / 989
-"""Of the makers' peaks for dense bfloat16."""
+"""Fraction of the vendors' peaks for dense bfloat16."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> Result:
 SMOKE: list[str] = []
 TABLES = {
     "main": Table({
-        "model": "{model}", "GFLOP an image": "{GFLOP_per_image:.1f}", "FLOP in all": "{FLOP:.2g}", "H100, h": "{H100_hours:,.0f}",
-        "A100, h (assumed)": "{A100_hours:,.0f}", "H100 reads": "{H100_images_per_second:,.0f} images/s, {loader_cores} cores",
+        "model": "{model}", "GFLOPs per image": "{GFLOP_per_image:.1f}", "total FLOPs": "{FLOP:.2g}", "H100, h": "{H100_hours:,.0f}",
+        "A100, h (assumed)": "{A100_hours:,.0f}", "H100 data loading": "{H100_images_per_second:,.0f} images/s, {loader_cores} cores",
         "this machine, days": "{cpu_days:,.0f}",
     }),
 }  # fmt: skip

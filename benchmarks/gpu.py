@@ -28,7 +28,7 @@ from mapet.models.backbone import prepare_for_device
 from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile, auto_micro_batch
 
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0}
-"""Part of a GPU's name -> its maker's peak for dense bfloat16 products, the first that fits."""
+"""Part of a GPU's name -> its vendor's peak for dense bfloat16 matmuls; the first match counts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """The maker's, of dense bfloat16 products; None: unknown."""
+    """Return the vendor's peak for dense bfloat16 matmuls; None: unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -154,7 +154,7 @@ SMOKE = [
 TABLES = {
     "main": Table({
         "model": "{model}", "batch": "{batch}", "images/s": "{images_per_second:,.0f}", "reference": "{reference_images_per_second:,.0f}",
-        "times as fast": "{speedup:.1f}", "MFU": "{MFU:.0%}", "fraction of a product's rate": "{utilization:.0%}", "GB": "{peak_GB:.1f}",
+        "speedup": "{speedup:.1f}", "MFU": "{MFU:.0%}", "fraction of the matmul rate": "{utilization:.0%}", "GB": "{peak_GB:.1f}",
         "reference, GB": "{reference_peak_GB:.1f} at {reference_batch}", "images/s with the loader": "{fed_images_per_second:,.0f}",
         "of it waiting": "{waiting:.0%}",
     }, rows=steps),

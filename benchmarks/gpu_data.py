@@ -125,7 +125,7 @@ def photographs(file: Path | None, count: int) -> dict[str, bytes]:
 
 def wheels(packages: tuple[str, ...]) -> dict[str, bytes]:
     """'wheels/NAME.whl' -> bytes, of the versions that are installed here."""
-    platforms = [word for tag in ("manylinux_2_28", "manylinux_2_17") for word in ("--platform", f"{tag}_x86_64")]
+    platforms = [arg for tag in ("manylinux_2_28", "manylinux_2_17") for arg in ("--platform", f"{tag}_x86_64")]
     with tempfile.TemporaryDirectory() as folder:
         if packages:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version", "3.12",

@@ -34,11 +34,11 @@ from mapet.training.step import ForwardBackward, auto_compile, auto_micro_batch,
 OBJECTIVES = ("mapet", "pim", "mim")
 PATCH, MASK_RATIO, JITTER, CLIP, WEIGHT_DECAY, MIN_LR = 4, 0.75, 0.4, 3.0, 0.05, 1e-5
 FIT_IMAGES = 8000
-"""Whose patches k-means clusters."""
+"""Images whose patches k-means clusters."""
 K, TEMPERATURE = 20, 0.07
 C_GRID = tuple(10.0**exponent for exponent in range(-6, 9))
 HELD_OUT = 10
-"""One in so many training images chooses C."""
+"""One in this many training images is held out to choose C."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Seed after seed an untrained ViT and each objective; a run that would not end in time is not begun."""
+    """Run an untrained ViT and each objective, seed by seed; a run that would exceed the time is not started."""
     compute = ComputeContext.from_options(args.device)
     rows: list[Row] = []
     result = Result(rows, f"CIFAR-10 of {args.data}", [])
@@ -115,7 +115,7 @@ def make_model(objective: str, args: argparse.Namespace, compute: ComputeContext
 
 
 def initial_weights(args: argparse.Namespace, seed: int) -> dict[str, Tensor]:
-    """Those of a new model, the same for all objectives."""
+    """Return the initial weights, the same for all objectives."""
     torch.manual_seed(seed)
     return make_model("mapet", args, ComputeContext.from_options("cpu", "float32")).state_dict()
 

@@ -44,8 +44,8 @@ def shards(count: int) -> list[Row]:
         pattern = f"{temporary}/*.tar"
         rows = []
         for name in ("first listing, from headers, one process", "later listings, from the index"):
-            seconds, kept, peak = in_new_process(listing, pattern)
-            rows.append(cost(name, count, seconds, kept, peak))
+            seconds, retained, peak = in_new_process(listing, pattern)
+            rows.append(cost(name, count, seconds, retained, peak))
         on_disk = sum(path.stat().st_size for path in Path(temporary).glob("mapet/shards/*"))
         images = TarImageList(pattern)
         chosen = np.random.default_rng(0).integers(count, size=10_000).tolist()
@@ -70,8 +70,8 @@ def folder(count: int) -> list[Row]:
             if index < 1000:
                 path.parent.mkdir()
             path.touch()
-        seconds, kept, peak = in_new_process(listing, temporary)
-        rows = [cost("scan of a folder", count, seconds, kept, peak)]
+        seconds, retained, peak = in_new_process(listing, temporary)
+        rows = [cost("scan of a folder", count, seconds, retained, peak)]
         images = list_images(Path(temporary))
         works: dict[str, Callable[[], Any]] = {
             "subset of half": lambda: images.subset(np.arange(0, len(images), 2)),
@@ -81,11 +81,11 @@ def folder(count: int) -> list[Row]:
 
 
 def cost(
-    what: str, count: int, seconds: float | None = None, kept: float | None = None, peak: float | None = None
+    what: str, count: int, seconds: float | None = None, retained: float | None = None, peak: float | None = None
 ) -> Row:
     """Row for a list of `count` images: seconds, bytes that are kept, bytes at most; all as of a million."""
     scale = 1e6 / count
-    row = {"what": what, "seconds": seconds, "MB": kept and kept / 1e6, "peak_MB": peak and peak / 1e6}
+    row = {"what": what, "seconds": seconds, "MB": retained and retained / 1e6, "peak_MB": peak and peak / 1e6}
     return {key: value * scale if isinstance(value, float) else value for key, value in row.items()}
 
 
@@ -110,7 +110,7 @@ def write_shards(folder: Path, count: int) -> None:
 
 
 def shuffles(count: int) -> list[Row]:
-    """How far an epoch's order is from that on disk, where neighbors are alike."""
+    """Measure how far an epoch's order is from that on disk."""
     orders: dict[str, Callable[[int], np.ndarray]] = {
         "full shuffle (mapet)": lambda epoch: np.random.default_rng([0, epoch]).permutation(count),
         "buffer of 1,000": lambda epoch: buffered(count, 1_000, epoch),
@@ -163,7 +163,7 @@ def extrapolated(rows: list[Row]) -> list[Row]:
 SMOKE = ["--num-images", "10000"]
 TABLES = {
     "main": Table({
-        "": "{what}", "1 million: s": "{seconds:.2g}", "ms an image": "{ms:.2g}", "MB": "{MB:,.0f}", "at most, MB": "{peak_MB:,.0f}",
+        "": "{what}", "1 million: s": "{seconds:.2g}", "ms per image": "{ms:.2g}", "MB": "{MB:,.0f}", "at most, MB": "{peak_MB:,.0f}",
         "100 million: s": "{seconds_100M:,.0f}", "GB": "{GB_100M:.1f}",
     }, rows=extrapolated),
     "shuffles": Table({

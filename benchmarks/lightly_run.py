@@ -29,7 +29,7 @@ def main() -> None:
     if method == "dino":  # 96 px of 224, in whole patches
         side = max(patch, round(image * 96 / 224 / patch) * patch)
         transforms["local_view"] = {"num_views": 6, "view_size": (side, side)}
-    # As mapet does; it is what lightly-train is faster with: DINO by a third.
+    # As mapet does; lightly-train is faster with it: DINO by a third.
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     folder = Path(images).parent
     lightly_train.pretrain(

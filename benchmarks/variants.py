@@ -85,7 +85,7 @@ def factorize(
 def whitened_patches(vit: VisionTransformer, images: Images) -> None:
     """Make the patch embedding a whitening (PCA) of the images' patches, rotated at random; its outputs keep their root mean square.
 
-    Directions of the embedding beyond the number of pixels of a patch are 0; of fewer, the principal components of least variance are left out.
+    Directions of the embedding beyond the number of pixels of a patch are 0; of fewer, the principal components of least variance are dropped.
     """
     projection = vit.patch_embed.proj
     pixels = images()

@@ -1,23 +1,23 @@
 #!/bin/bash
-# Run a stage on several machines that ssh reaches and that see the same folders; Ctrl-C saves on all of them.
+# Run a command on several machines that ssh reaches and that see the same folders; Ctrl-C saves on all of them.
 #
 #   GPUS=8 launch/ssh.sh node1,node2 pretrain --images PREPARED --tokenizer TOKENIZER --tokens TOKENS --out RUN --resume
 set -uo pipefail
-IFS=, read -ra hosts <<<"${1:?"usage: $0 HOST,HOST,... STAGE --option value ..."}"
+IFS=, read -ra hosts <<<"${1:?"usage: $0 HOST,HOST,... COMMAND --option value ..."}"
 shift
-printf -v words '%q ' "$@"
+printf -v args '%q ' "$@"
 printf -v here '%q' "$PWD"
 printf -v path '%q' "$PATH"
 
 nodes=() keyboards=()
 trap 'for keys in "${keyboards[@]}"; do printf "\003" >&"$keys"; done' INT TERM
 for rank in "${!hosts[@]}"; do
-    # A terminal of its own (-tt), so that what runs there gets our Ctrl-C, and ends with the connection.
+    # A terminal (-tt), so that remote processes get Ctrl-C, and end with the connection.
     exec {keys}<> <(:) # a pipe to type it into
     keyboards+=("$keys")
     ssh -tt "${hosts[$rank]}" "cd $here && PATH=$path OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec torchrun \
         --nnodes ${#hosts[@]} --node-rank $rank --nproc-per-node ${GPUS:-1} \
-        --master-addr ${MASTER:-${hosts[0]}} --master-port ${PORT:-29500} -m mapet $words" <&"$keys" &
+        --master-addr ${MASTER:-${hosts[0]}} --master-port ${PORT:-29500} -m mapet $args" <&"$keys" &
     nodes+=("$!")
 done
 

@@ -28,12 +28,12 @@ PRETRAIN: dict[str, Any] = {
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell starts background jobs with SIGINT ignored, which children inherit
-os.environ["MAPET_WORKERS"] = "0"  # images are read in the process that computes
+os.environ["MAPET_WORKERS"] = "0"  # images are loaded in the main process
 torch.set_num_threads(2)  # for what is made once for all tests
 
 
 def make_batch(images: torch.Tensor, targets: torch.Tensor, permutation: torch.Tensor) -> Batch:
-    """What a pre-training model takes."""
+    """Make a batch for a pre-training model."""
     return Batch(torch.arange(len(images)), images, targets=targets, permutation=permutation)
 
 
@@ -60,7 +60,7 @@ def save_crops(photos: list[np.ndarray], folder: Path, count: int, size: tuple[i
 
 
 def all_rows(store: TokenStore) -> np.ndarray:
-    """(images, views, patches) of a store."""
+    """Return the tokens of a store, (images, views, patches)."""
     return np.stack([[store.read(row, view) for view in range(store.num_views)] for row in range(len(store))])
 
 
@@ -105,7 +105,7 @@ def tokens_dir(few_digits: Path, tokenizer_dir: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def run_dir(few_digits: Path, tokenizer_dir: Path, tokens_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished pre-training run of 6 steps, of as many threads as its tests have, whichever asks for it first."""
+    """A finished pre-training run of 6 steps, on two threads whichever test requests it first."""
     torch.set_num_threads(2)
     out = tmp_path_factory.mktemp("pretrained") / "run"
     mapet.pretrain(images=few_digits, tokenizer=tokenizer_dir, tokens=tokens_dir, out=out, **PRETRAIN)

@@ -1,4 +1,4 @@
-"""End commands before and after each of their writes, renames, truncations and deletions, resume them, and compare with a whole run.
+"""End commands before and after each of their writes, renames, truncations and deletions, resume them, and compare with an uninterrupted run.
 
     python -m tests.crash_points [--state STATE.json] [--sample N] [COMMAND ...]
 
@@ -113,19 +113,19 @@ def attempt(argv: list[str], folder: Path, number: int = 0, after: bool = False)
 
 def digest(folder: Path) -> dict[str, str]:
     """Return the sha256 of each file below a folder, also of what is left over, without what differs between two runs."""
-    found = {}
+    result = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and "tensorboard" not in name and path.name not in IGNORED:
             data = path.read_bytes()
             if path.suffix in (".jsonl", ".json"):
                 data = TIMES.sub("", data.decode()).replace(str(folder), "OUT").encode()
-            found[name] = hashlib.sha256(data.replace(str(folder).encode(), b"OUT")).hexdigest()
-    return found
+            result[name] = hashlib.sha256(data.replace(str(folder).encode(), b"OUT")).hexdigest()
+    return result
 
 
 class Workshop:
-    """Inputs of all commands in a temporary folder, and for each command the digest and the number of events of a whole run."""
+    """Inputs of all commands in a temporary folder, and for each command the digest and the number of events of an uninterrupted run."""
 
     def __init__(self, folder: Path) -> None:
         from mapet.data.digits import write_digits
@@ -140,7 +140,7 @@ class Workshop:
         self.whole: dict[str, tuple[dict[str, str], int]] = {}
 
     def argv(self, command: str) -> list[str]:
-        """Return the arguments of a command, without `out`; inputs that other commands make are made by whole runs of them."""
+        """Return the arguments of a command, without `out`; inputs from other commands come from uninterrupted runs of them."""
         images, made = (
             ["--images", str(self.folder / "images")],
             lambda name: str(self.folder / f"whole-{name}" / "out"),
@@ -189,9 +189,9 @@ class Workshop:
         code, _ = attempt([*argv, "--resume"], place)
         if code:
             return f"resuming ended with {code}: {(place / 'log.txt').read_text()[-600:]}"
-        found = digest(place)
-        if found != expected:
-            return f"other files, or left over: {sorted(dict(found.items() ^ expected.items()))}"
+        result = digest(place)
+        if result != expected:
+            return f"other files, or left over: {sorted(dict(result.items() ^ expected.items()))}"
         return ""
 
 

@@ -32,7 +32,7 @@ def smoke(name, folder):
     module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    return module.run(parser.parse_args([word.format(scratch=folder) for word in module.SMOKE]))
+    return module.run(parser.parse_args([arg.format(scratch=folder) for arg in module.SMOKE]))
 
 
 @pytest.mark.parametrize("name", ["flops", "tokenizer", "gpu_data"])
@@ -79,10 +79,10 @@ def test_every_result_is_shown():
 def test_tables_of_measured_numbers_are_generated_or_say_why_not(page):
     """A table with a column of decimals lies in a block, or a comment says where its numbers are from."""
     text = tables.BLOCK.sub("", page.read_text())
-    for found in re.finditer(r"(?:^\|.*\n)+", text, flags=re.M):
-        if page.stem in MEASURED and len(re.findall(r"\| \**\d+\.\d", found[0])) > 2:
-            before = text[: found.start()].rstrip().rpartition("\n")[2]
-            assert before.startswith("<!-- no benchmark: "), found[0][:200]
+    for actual in re.finditer(r"(?:^\|.*\n)+", text, flags=re.M):
+        if page.stem in MEASURED and len(re.findall(r"\| \**\d+\.\d", actual[0])) > 2:
+            before = text[: actual.start()].rstrip().rpartition("\n")[2]
+            assert before.startswith("<!-- no benchmark: "), actual[0][:200]
 
 
 # ---- on a GPU machine
@@ -113,7 +113,7 @@ def test_ends_by_itself(tmp_path, capsys):
 
 
 def test_images_of_the_file(tmp_path):
-    """Each is what a JPEG of it alone would be: none sees its neighbors. Order and labels are those of the archive."""
+    """Each equals a JPEG of the image alone, unaffected by its neighbors. Order and labels are those of the archive."""
 
     def decoded(content):
         return Image.open(io.BytesIO(content)).convert("RGB")
@@ -130,10 +130,10 @@ def test_images_of_the_file(tmp_path):
     for part in ("train", "test"):
         images, labels = gpu_data.load_cifar10(tmp_path / "gpu.zip", part)
         assert labels.tolist() == [0] * 5 + [1] * 5
-        wanted = np.stack([expected[part, label, index] for label in ("cat", "dog") for index in range(5)])
-        assert np.array_equal(images, wanted)
+        reference = np.stack([expected[part, label, index] for label in ("cat", "dog") for index in range(5)])
+        assert np.array_equal(images, reference)
     images, labels = gpu_data.load_cifar10(tmp_path / "gpu.zip", "test", 2)
-    assert labels.tolist() == [0, 0, 1, 1] and np.array_equal(images, wanted[[0, 1, 5, 6]])
+    assert labels.tolist() == [0, 0, 1, 1] and np.array_equal(images, reference[[0, 1, 5, 6]])
 
 
 def test_probes_of_the_study():

@@ -32,7 +32,7 @@ for m, k, n in [(33, 13, 7), (100, 16, 48), (344, 192, 576)]:
 
 
 def test_a_product_does_not_depend_on_where_its_numbers_lie(monkeypatch):
-    # Or a run that goes on would not end with the bits of one that was never interrupted.
+    # Or a resumed run would not end with the bits of one that was never interrupted.
     monkeypatch.delenv("MKL_CBWR", raising=False)
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -50,7 +50,7 @@ def test_images_are_read_by_as_many_processes_as_the_environment_says(monkeypatc
 
 @pytest.mark.parametrize(("bfloat16", "expected"), [(0.5, "bfloat16"), (0.95, "float32"), (1.3, "float32")])
 def test_precision_is_the_faster_one_in_a_timing_whatever_the_cpu_says(bfloat16, expected, monkeypatch):
-    """A Xeon with avx512_bf16 but without AMX says that it can, and is a third slower."""
+    """A Xeon with avx512_bf16 but without AMX reports support, and is a third slower."""
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
     seconds = {torch.float32: 1.0, torch.bfloat16: bfloat16}
     monkeypatch.setattr(device, "_time_matmul", lambda _, dtype: seconds[dtype])

@@ -151,7 +151,7 @@ def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):
 
 
 def test_read_only_and_full_disks(tmp_path, monkeypatch):
-    """A stand-in at the system call: root may write everywhere, and a disk cannot be filled here."""
+    """A fake at the system call: root may write everywhere, and a disk cannot be filled here."""
     opened = os.open
     for number, text in ((30, "Read-only file system"), (28, "No space left on device"), (13, "Permission denied")):
 
@@ -169,7 +169,7 @@ def test_read_only_and_full_disks(tmp_path, monkeypatch):
 
 
 def test_folders_of_others_are_not_resumed(tmp_path):
-    """Without a run.json of the same command the files in a folder are somebody's."""
+    """Without a run.json of the same command the files in a folder are the user's."""
     (tmp_path / "features.npy").write_bytes(b"mine")
     options = Options(out=tmp_path, resume=True)
     with refused(tmp_path, "run.json", field="out"), run_state(tmp_path, "embed", options):

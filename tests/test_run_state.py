@@ -85,7 +85,7 @@ def test_what_wrote_nothing_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_command_keeps_its_options_and_may_begin_again(tmp_path):
+def test_an_interrupted_command_keeps_its_options_and_may_restart(tmp_path):
     """A study compares them with its own: k-means had made nothing yet but a checkpoint beside the folder."""
     out = tmp_path / "tokenizer"
     with pytest.raises(KeyboardInterrupt), run_state(out, "fit-tokenizer", Options(out=out)):
@@ -100,7 +100,7 @@ def test_a_folder_that_is_not_to_be_resumed_stays_as_it_is(tmp_path):
     with run_state(tmp_path, "pretrain", Options(out=tmp_path)):
         (tmp_path / "backbone").mkdir()
     before = (tmp_path / "run.json").read_bytes()
-    with refused("not empty"), run_state(tmp_path, "pretrain", Options(out=tmp_path)):
+    with refused(field="out"), run_state(tmp_path, "pretrain", Options(out=tmp_path)):
         create_output_dir(tmp_path)
     assert (tmp_path / "run.json").read_bytes() == before
 
@@ -134,7 +134,7 @@ def test_a_process_that_is_gone_reads_as_interrupted(tmp_path):
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["status"] == "running"
     (tmp_path / "run.json").write_text(json.dumps(content | {"host": "elsewhere"}))
-    assert read(tmp_path).status == "running"  # nobody can tell
+    assert read(tmp_path).status == "running"  # which can't be known
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_commands_have_one_and_do_not_write_it(tmp_path):
     make_folder(out=tmp_path / "out")
     state = read(tmp_path / "out")
     assert (state.command, state.status, state.counts) == ("make-folder", "finished", {"epochs": 3})
-    with refused("not empty"):
+    with refused(field="out"):
         make_folder(out=tmp_path / "out", epochs=4)
     assert read(tmp_path / "out") == state
     make_file(out=tmp_path / "file")

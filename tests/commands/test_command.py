@@ -9,7 +9,6 @@ from mapet.cli import create_parser
 from mapet.commands import COMMANDS
 from mapet.commands.command import command
 from mapet.config.base import Config, iter_options
-from mapet.errors import MapetError
 from tests.refused import refused
 
 HIDDEN = ("debug-step",)
@@ -31,7 +30,7 @@ def test_a_command_takes_keywords_or_a_config():
     assert add(first=1) == 3 and add(AddConfig(first=1, second=5)) == 6
     with refused("add(first=1", kind=TypeError):
         add(1)
-    with pytest.raises(TypeError, match="not both"):
+    with pytest.raises(TypeError):
         add(AddConfig(first=1), second=2)
 
 
@@ -74,7 +73,7 @@ def test_help_is_short_first_and_options_are_few():
 
 
 def test_help_names_other_options_by_their_flags():
-    """An option of the same section first, then one of the command; what is no option stays as it is."""
+    """Names of the same section first, then those of the command; other text is unchanged."""
     options = {name: COMMANDS[name] for name in ("run", "study", "report")}
     run, study, report = (" ".join(create_parser(each).format_help().split()) for each in options.values())
     assert "at most --pretrain.lr." in run and "auto: --images, if" in run
@@ -84,6 +83,5 @@ def test_help_names_other_options_by_their_flags():
 def test_a_page_is_served_by_one_process_only(tmp_path, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TQDM_DISABLE": ""}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(MapetError, match="one process") as error:
+    with refused(field="serve", value=True):
         mapet.report(run=tmp_path, serve=True)
-    assert (error.value.field, error.value.value) == ("serve", True)

@@ -14,8 +14,8 @@ def script(capsys, shell):
     return capsys.readouterr().out
 
 
-def offered(text, words):
-    line = f"{text}\nCOMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); _shtab_mapet; echo ${{COMPREPLY[@]}}"
+def offered(text, args):
+    line = f"{text}\nCOMP_WORDS=({' '.join(args)}); COMP_CWORD={len(args) - 1}; COMPREPLY=(); _shtab_mapet; echo ${{COMPREPLY[@]}}"
     return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.split()
 
 

@@ -21,7 +21,7 @@ from mapet.evaluation.logistic_regression import fit_logistic
 from mapet.models.backbone import load_backbone
 from mapet.run_state import RunState
 from tests.conftest import save_crops
-from tests.refused import refused
+from tests.refused import fails, refused
 
 QUICK = {"device": "cpu", "precision": "float32", "linear_epochs": 15, "num_seeds": 2, "controls": "none"}
 
@@ -63,15 +63,15 @@ def untrained(tmp_path_factory):
 def test_pool_and_layers_hold_for_every_probe(run_dir, small, tmp_path):
     sets, features = {"images": small / "train", "test_images": small / "test"}, {"pool": "2x2", "layers": (0, -1)}
     protocols = ["logistic", "knn", "linear-sgd", "feature-rank"]
-    (found,) = mapet.evaluate(
+    (result,) = mapet.evaluate(
         backbone=[str(run_dir)], out=tmp_path / "out", **sets, **features, **QUICK | {"protocols": protocols}
     ).values()
     backbone = BackboneWrapper.from_vit(load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     caches = [
         FeatureCache.extract(backbone, part, CacheConfig(), **features) for part in load_train_test(*sets.values())
     ]
-    assert probes.probe_accuracy(*caches) == {name: found[name] for name in ("logistic", "knn")}
-    assert found["dimensions"] == 2 * 4 * 32 and found["alignment"] > 0
+    assert probes.probe_accuracy(*caches) == {name: result[name] for name in ("logistic", "knn")}
+    assert result["dimensions"] == 2 * 4 * 32 and result["alignment"] > 0
     by_layer = results_of(tmp_path / "out")[str(run_dir)]["linear-sgd"]["details"]["linear_sgd"][
         "val_accuracy_by_layer"
     ]
@@ -88,15 +88,15 @@ def test_layers_are_checked_before_anything_is_computed(run_dir, small, tmp_path
 def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     out = tmp_path / "out"
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=[str(run_dir), str(untrained), f"random:{run_dir}"],
         images=small / "train",
         test_images=small / "test",
         out=out,
         **QUICK,
     )
-    assert set(found) == {str(run_dir), str(untrained), f"random:{run_dir}"}
-    figures = found[str(run_dir)]
+    assert set(result) == {str(run_dir), str(untrained), f"random:{run_dir}"}
+    figures = result[str(run_dir)]
     data = load_train_test(small / "train", small / "test")
     backbone = BackboneWrapper.from_vit(load_backbone(run_dir), ComputeContext.from_options("cpu", "float32"))
     alone = probes.probe_accuracy(*(FeatureCache.extract(backbone, part, CacheConfig()) for part in data))
@@ -120,7 +120,7 @@ def test_backbones_in_one_table(run_dir, untrained, small, tmp_path, caplog):
     assert [row["class"] for row in rows] == list("0123456789") and all(row["of"] == "10" for row in rows)
     assert sum(int(row["correct"]) for row in rows) / 100 == pytest.approx(figures["linear_sgd"])
     assert (out / "figures" / "nearest-neighbors-1.png").stat().st_size > 5000
-    with refused("not empty"):
+    with refused(field="out"):
         mapet.evaluate(backbone=[str(run_dir)], images=small / "train", out=out, **QUICK)
 
 
@@ -133,31 +133,37 @@ def test_unlabeled_images_get_what_needs_no_labels(prepared, photos, tmp_path):
     from tests.conftest import TINY
 
     save_backbone(create_vit("vit_tiny_patch16_224", (32, 32), 8, 3, TINY), tmp_path / "vit")
-    found = mapet.evaluate(backbone=[str(tmp_path / "vit")], images=crops, out=tmp_path / "out", **QUICK)
-    figures = found[str(tmp_path / "vit")]
+    result = mapet.evaluate(backbone=[str(tmp_path / "vit")], images=crops, out=tmp_path / "out", **QUICK)
+    figures = result[str(tmp_path / "vit")]
     assert "rankme" in figures and "alignment" in figures and "knn" not in figures
     assert (tmp_path / "out" / "figures" / "nearest-neighbors-1.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "named", "field", "value"),
     [
-        (["--protocols", "knnn"], "unknown protocol 'knnn'; did you mean 'knn'?"),
-        (["--few-shot", "2.5"], "neither a fraction below 1 nor a number"),
-        (["--few-shot", "30", "--protocols", "few-shot"], "has 16 training images, fewer than --few-shot 30"),
-        (["--protocols", "ood"], "needs another labeled folder: give --ood-images"),
-        (
-            ["--backbone", "vit_tiny_patch16_224.augreg_in21k"],
-            "did you mean 'timm:vit_tiny_patch16_224.augreg_in21k'",
-        ),
-        (["--backbone", "runs/typo"], "runs/typo does not exist: expected a run, a folder"),
-        (["--backbone", "random:vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--protocols", "knnn"], ["'knnn'", "'knn'"], "protocols", "knnn"),
+        (["--few-shot", "2.5"], ["--few-shot", "2.5"], "few_shot", "2.5"),
+        (["--few-shot", "30", "--protocols", "few-shot"], ["--few-shot", "16 training images"], "few_shot", (30,)),
+        (["--protocols", "ood"], ["'ood'", "--ood-images"], "protocols", "ood"),
+        (["--backbone", "vit_tiny_patch16_224.augreg_in21k"], ["'timm:vit_tiny_patch16_224.augreg_in21k'"], None, None),
+        (["--backbone", "runs/typo"], ["runs/typo"], None, None),
+        (["--backbone", "random:vit_tinny_patch16_224"], ["'vit_tiny_patch16_224'"], None, None),
     ],
 )
-def test_mistakes_are_told(words, message, untrained, small, tmp_path, capsys):
-    argv = ["evaluate", "--backbone", str(untrained), "--images", str(small / "train"), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--device", "cpu", *words]) == 2
-    assert message in capsys.readouterr().err
+def test_errors_name_the_option(args, named, field, value, untrained, small, tmp_path, capsys):
+    argv = [
+        "evaluate",
+        "--backbone",
+        untrained,
+        "--images",
+        small / "train",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    fails(capsys, *argv, *args, named=named, field=field, value=value)
 
 
 INSTANCES, MASKS = "instances.json", "masks"
@@ -165,7 +171,7 @@ INSTANCES, MASKS = "instances.json", "masks"
 
 @pytest.fixture(scope="module")
 def annotated(tmp_path_factory):
-    """Two pictures beside annotations in COCO's format and masks; the same as ADE20K lays it out, and in class folders."""
+    """Two images beside annotations in COCO's format and masks; the same as ADE20K lays it out, and in class folders."""
     root = tmp_path_factory.mktemp("annotated")
     (root / "images").mkdir(), (root / MASKS).mkdir()
     listed = []
@@ -184,7 +190,7 @@ def annotated(tmp_path_factory):
     return root
 
 
-def command(backbone, out, words):
+def command(backbone, out, args):
     return [
         "evaluate",
         "--backbone",
@@ -193,47 +199,46 @@ def command(backbone, out, words):
         str(out),
         "--device",
         "cpu",
-        *words.split(),
+        *args.split(),
     ]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "named"),
     [
-        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "need --test-annotations"),
+        ("--images {0}/images --test-images {0}/images --annotations {0}/instances.json", "--test-annotations"),
         ("--images {0}/images --test-images {0}/images --seg-masks {0}/masks", "--test-seg-masks"),
         ("--images {0} --test-images {0}", "--test-seg-masks"),  # masks that are found there
-        ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations are for --annotations"),
-        ("--images {0}/images --test-seg-masks {0}/masks", "--test-seg-masks and --ignore-labels are for masks of the training images"),
-        ("--images {0}/images --ignore-labels 0", "--test-seg-masks and --ignore-labels are for masks of the training images"),
-        ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "evaluate one after the other"),
-        ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "evaluate one after the other"),
-        ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "evaluate one after the other"),
+        ("--images {0}/images --test-annotations {0}/instances.json", "--test-annotations"),
+        ("--images {0}/images --test-seg-masks {0}/masks", "--ignore-labels"),
+        ("--images {0}/images --ignore-labels 0", "--ignore-labels"),
+        ("--images {0}/images --annotations {0}/instances.json --ignore-labels 0", "--annotations"),
+        ("--images {0}/images --annotations {0}/instances.json --seg-masks {0}/masks", "--annotations"),
+        ("--images {0}/images --annotations {0}/instances.json --test-seg-masks {0}/masks", "--annotations"),
         ("--images {0}/ade --test-images {0}/images", "ADE20K"),
         ("--images {0}/ade --test-seg-masks {0}/masks", "ADE20K"),
-        ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
-        ("--images {0}/images --ood-images a={0}", "for --ood-images"),
-        ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images are matched by class"),
-        ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images are matched by class folders"),
+        ("--images {0}/classes --seg-masks {0}/masks --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --annotations {0}/instances.json --ood-images a={0}", "--ood-images"),
+        ("--images {0}/images --seg-masks {0}/masks --ood-images a={0}", "--ood-images"),
     ],
 )  # fmt: skip
-def test_options_that_would_do_nothing_are_refused(words, message, untrained, annotated, tmp_path, capsys):
-    assert main(command(untrained, tmp_path / "out", words.format(annotated))) == 2
-    assert message in capsys.readouterr().err
+def test_options_that_would_do_nothing_are_refused(args, named, untrained, annotated, tmp_path, capsys):
+    fails(capsys, *command(untrained, tmp_path / "out", args.format(annotated)), named=[named])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         "--test-images {0}/images --annotations {0}/instances.json --test-annotations {0}/instances.json",
         "--annotations {0}/instances.json --test-annotations {0}/instances.json",
         "--test-images {0}/images --seg-masks {0}/masks --test-seg-masks {0}/masks --ignore-labels 9",
     ],
 )
-def test_options_that_belong_together_are_taken(words, untrained, annotated, tmp_path):
-    words = f"--images {annotated}/images {words.format(annotated)} --protocols feature-rank"
-    assert main(command(untrained, tmp_path / "out", words)) == 0
+def test_options_that_belong_together_are_taken(args, untrained, annotated, tmp_path):
+    args = f"--images {annotated}/images {args.format(annotated)} --protocols feature-rank"
+    assert main(command(untrained, tmp_path / "out", args)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -247,31 +252,31 @@ def uneven(small, tmp_path_factory):
     return folder
 
 
-def test_a_split_that_a_class_is_too_small_for_is_left_out_of_the_default(uneven, small, untrained, tmp_path, caplog):
-    """Nobody asked for 5 of each; who does is told before anything is computed."""
+def test_default_few_shot_splits_skip_those_a_class_is_too_small_for(uneven, small, untrained, tmp_path, caplog):
+    """A default of 5 images per class is skipped; requested, it is an error before anything is computed."""
     test = tmp_path / "test"
     test.mkdir()
     for name in "012":
         (test / name).symlink_to(small / "test" / name)
     options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
-    found = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
-    assert {name for name in found if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
+    result = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
+    assert {name for name in result if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
     assert "fewer than few_shot=5, which is skipped" in caplog.text
-    assert "knn" in found and "cluster_nmi" in found  # the rest is there
-    for asked in (
+    assert "knn" in result and "cluster_nmi" in result  # the rest is there
+    for requested in (
         {"few_shot": (5,)},
         {"protocols": ["few-shot"]},
         {"few_shot": (0.1, 4), "protocols": ["few-shot"]},
     ):
         with refused(3):
-            mapet.evaluate(out=tmp_path / "no", **options, **asked)
+            mapet.evaluate(out=tmp_path / "no", **options, **requested)
     assert not (tmp_path / "no").exists()
-    found = mapet.evaluate(out=tmp_path / "three", **options, few_shot=(3,), protocols=["few-shot"])[str(untrained)]
-    assert list(found) == ["few_shot_3"]
+    result = mapet.evaluate(out=tmp_path / "three", **options, few_shot=(3,), protocols=["few-shot"])[str(untrained)]
+    assert list(result) == ["few_shot_3"]
 
 
 def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small, tmp_path, monkeypatch):
-    """As does Ctrl-C in a long evaluation, with the protocols that the interrupted one had ended."""
+    """Keep the table of the backbones before, as Ctrl-C in a long evaluation does, with the protocols finished so far."""
     from mapet.evaluation.protocols import PROTOCOLS, Protocol
 
     def fails_later(context):
@@ -286,18 +291,27 @@ def test_a_backbone_that_fails_leaves_the_table_of_those_before(untrained, small
             protocols=["cluster", "knn"], **QUICK,
         )  # fmt: skip
     assert "rankme" in (tmp_path / "out" / "evaluation.md").read_text()
-    kept = results_of(tmp_path / "out")
-    assert [[*protocols] for protocols in kept.values()] == [["cluster", "knn"], ["cluster"]]
+    retained = results_of(tmp_path / "out")
+    assert [[*protocols] for protocols in retained.values()] == [["cluster", "knn"], ["cluster"]]
 
 
 def test_labels_are_asked_for(untrained, crops, tmp_path, capsys):
-    argv = ["evaluate", "--backbone", str(untrained), "--images", str(crops), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--protocols", "logistic"]) == 2
-    assert "has no labels" in capsys.readouterr().err
+    argv = [
+        "evaluate",
+        "--backbone",
+        untrained,
+        "--images",
+        crops,
+        "--out",
+        tmp_path / "out",
+        "--protocols",
+        "logistic",
+    ]
+    fails(capsys, *argv, named=[crops, "CLASS/image.jpg"])
 
 
 def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path, monkeypatch):
-    """The second folder has three of the ten classes and one that training doesn't know."""
+    """The second folder has three of the ten classes and one unknown in training."""
     for name in "137":
         (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / name).symlink_to(small / "test" / name)
@@ -305,7 +319,7 @@ def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path,
     out, two = tmp_path / "out", ("contrast", "jpeg_compression")
     monkeypatch.setattr(protocols, "CORRUPTIONS", {name: protocols.CORRUPTIONS[name] for name in two})
     monkeypatch.setattr(protocols, "SEVERITIES", (1, 5))
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=[str(run_dir), str(untrained)], images=small / "train", test_images=small / "test", out=out, **QUICK,
         protocols=["ood", "corruptions", "resolution"], ood_images={"elsewhere": tmp_path / "other"}, eval_image_sizes=[8, 12],
     )  # fmt: skip
@@ -314,13 +328,13 @@ def test_other_images_corruptions_and_sizes(run_dir, untrained, small, tmp_path,
     with (out / "per_class.csv").open() as file:
         rows = [r for r in csv.DictReader(file) if (r["backbone"], r["metric"]) == (str(run_dir), "ood_elsewhere_knn")]
     assert [row["of"] for row in rows if row["class"] in "0137"] == ["0", "10", "10", "10"]
-    for source, figures in found.items():
+    for source, figures in result.items():
         details = record[source]["corruptions"]["details"]
         mean = 1 - sum(sum(row) for row in details["errors"].values()) / 4
         assert figures["corruption_mean"] == pytest.approx(mean)
         assert figures["resolution_8"] == figures["corruption_clean"]
         assert 0 <= figures["resolution_12"] <= 1
-    assert found[str(run_dir)]["mce"] == pytest.approx(1)
+    assert result[str(run_dir)]["mce"] == pytest.approx(1)
     assert "| contrast |" in (out / "evaluation.md").read_text()
 
 
@@ -338,28 +352,28 @@ def test_balanced_accuracy_and_auroc_lead_on_imbalanced_test_images(untrained, s
     sets = {"images": tmp_path / "train", "test_images": tmp_path / "test"}
     names = ["logistic", "knn", "linear-sgd", "attentive", "few-shot", "ood", "corruptions", "resolution"]
     options = {"protocols": names, "ood_images": {"b": tmp_path / "other"}, "eval_image_sizes": [8], "few_shot": (2,)}
-    (found,) = mapet.evaluate(backbone=[str(untrained)], **sets, out=tmp_path / "out", **options, **QUICK).values()
+    (result,) = mapet.evaluate(backbone=[str(untrained)], **sets, out=tmp_path / "out", **options, **QUICK).values()
     accuracies = [
         "logistic", "knn", "linear_sgd", "linear_sgd_bn", "attentive", "few_shot_2", "ood_b_logistic", "ood_b_knn", "corruption_clean",
         "corruption_mean", "resolution_8",
     ]  # fmt: skip
     expected = [row for name in accuracies for row in (f"{name}_balanced_accuracy", f"{name}_auroc", name)]
     expected.remove("corruption_mean_auroc")
-    assert [row for row in found if row != "mce"] == expected
+    assert [row for row in result if row != "mce"] == expected
     backbone = BackboneWrapper.from_vit(load_backbone(untrained), ComputeContext.from_options("cpu", "float32"))
     train, test = (FeatureCache.extract(backbone, part, CacheConfig()) for part in load_train_test(*sets.values()))
     x, labels = test.layer_features(), test.labels.numpy()
     logits = fit_logistic(train.layer_features(), train.labels, 3)(x)
-    assert found["logistic_auroc"] == pytest.approx(roc_auc_score(labels, logits.softmax(1), multi_class="ovr"))
-    assert found["logistic_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
-    assert found["logistic"] == pytest.approx(float((logits.argmax(1).numpy() == labels).mean()))
+    assert result["logistic_auroc"] == pytest.approx(roc_auc_score(labels, logits.softmax(1), multi_class="ovr"))
+    assert result["logistic_balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
+    assert result["logistic"] == pytest.approx(float((logits.argmax(1).numpy() == labels).mean()))
     page = (tmp_path / "out" / "evaluation.md").read_text()
     assert page.count("| knn_auroc | 17 images | ") == 2 and "imbalanced" in page and "few_shot_2_auroc " in caplog.text
     with (tmp_path / "out" / "per_class.csv").open() as file:
         assert {row["metric"] for row in csv.DictReader(file)} < {*accuracies}
 
 
-def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_path, caplog):
+def test_a_fine_tuned_model_is_evaluated_by_its_own_classifier(run_dir, small, tmp_path, caplog):
     caplog.set_level("INFO", "mapet")
     accuracy = mapet.finetune(
         backbone=run_dir, images=small / "train", test_images=small / "test", out=tmp_path / "tuned", epochs=12, lr=3e-3,
@@ -374,8 +388,8 @@ def test_a_fine_tuned_model_is_judged_by_its_own_classifier(run_dir, small, tmp_
     assert f"model in {tmp_path / 'tuned' / 'model'}" in caplog.text
     state = RunState.read(tmp_path / "tuned")
     assert state.results["ci95_low"] < accuracy < state.results["ci95_high"] and state.counts["test_images"] == 100
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=[str(tmp_path / "tuned")], images=small / "train", test_images=small / "test", out=tmp_path / "out",
         protocols=["resolution"], eval_image_sizes=[8], **QUICK,
     )  # fmt: skip
-    assert found[str(tmp_path / "tuned")]["resolution_8"] == pytest.approx(accuracy)
+    assert result[str(tmp_path / "tuned")]["resolution_8"] == pytest.approx(accuracy)

@@ -23,7 +23,7 @@ from mapet.models.backbone import create_vit, load_backbone, save_backbone
 from mapet.models.export_formats import FORMATS, ExportWrapper, compute_outputs
 from mapet.run_state import RunState
 from tests.conftest import TINY
-from tests.models.test_checkpoint_conversion import released, same, vit_of
+from tests.models.test_checkpoint_conversion import is_close, released, vit_of
 from tests.refused import refused
 
 FINETUNE = {
@@ -78,7 +78,7 @@ def test_a_run_for_timm(run_dir, few_digits, tmp_path, capsys):
 
 
 def test_released_weights_for_timm(crops, tmp_path):
-    """The command that converts the authors' files."""
+    """Run the command that converts the authors' files."""
     vit = vit_of(init_values=0.1)
     torch.save(released(vit), tmp_path / "vit_standard_tiny_patch16_224.tar")
     argv = ["--backbone", str(tmp_path / "vit_standard_tiny_patch16_224.tar"), "--out", str(tmp_path / "timm")]
@@ -107,31 +107,31 @@ def test_transformers(size, channels, out_size, crops, tmp_path):
     assert type(model) is transformers.ViTModel
     processor = transformers.AutoImageProcessor.from_pretrained(out / "transformers")
     mode = "RGB" if channels == 3 else "L"
-    pictures = [Image.open(path).convert(mode).resize(size[::-1]) for path in sorted(crops.iterdir())[:3]]
-    arrays = np.stack([np.asarray(picture).reshape(*size, channels) for picture in pictures])
+    originals = [Image.open(path).convert(mode).resize(size[::-1]) for path in sorted(crops.iterdir())[:3]]
+    arrays = np.stack([np.asarray(image).reshape(*size, channels) for image in originals])
     with torch.no_grad():
-        given = model(processor(pictures, return_tensors="pt")["pixel_values"])
+        given = model(processor(originals, return_tensors="pt")["pixel_values"])
         expected = vit.forward_features(normalize(torch.from_numpy(arrays).movedim(-1, 1), channels))
-    assert same(given.last_hidden_state, expected) and same(given.pooler_output, expected[:, 0])
-    if size[0] == size[1]:  # a whole photograph: cut and resized alike, but for rounding
+    assert is_close(given.last_hidden_state, expected) and is_close(given.pooler_output, expected[:, 0])
+    if size[0] == size[1]:  # a full photograph: equal crop and resize up to rounding
         whole = Image.open(next(crops.iterdir())).convert(mode)
         mapets = mapet_view(whole, size, tmp_path)
-        theirs = processor(whole, return_tensors="pt")["pixel_values"][0]
+        reference = processor(whole, return_tensors="pt")["pixel_values"][0]
         gray_levels = 255 * (0.25 if channels == 1 else 0.226)
-        assert (theirs - normalize(mapets[None], channels)[0]).abs().mean() * gray_levels < 3
+        assert (reference - normalize(mapets[None], channels)[0]).abs().mean() * gray_levels < 3
     card = (out / "transformers" / "README.md").read_text()
     assert front_matter(card)["library_name"] == "transformers" and "transformers, image processor" in card
     assert ("squeezes the whole image" in card) == (size[0] != size[1])
 
 
-def mapet_view(picture, size, tmp_path):
+def mapet_view(image, size, tmp_path):
     from mapet.data.dataset import ViewDataset
     from mapet.data.sources import list_images
     from mapet.data.views import ViewSpec
 
     (tmp_path / "one").mkdir()
-    picture.save(tmp_path / "one" / "one.png")
-    channels = 1 if picture.mode == "L" else 3
+    image.save(tmp_path / "one" / "one.png")
+    channels = 1 if image.mode == "L" else 3
     dataset = ViewDataset(list_images(tmp_path / "one"), ViewSpec(image_size=size), channels, image_size=size)
     return dataset.batch([(0, 0)]).images[0]
 
@@ -145,7 +145,7 @@ def mapet_view(picture, size, tmp_path):
     ],
 )
 def test_classifiers_for_transformers(options, name, crops, tmp_path):
-    """Of the class token, or of the mean of the patches, as `finetune` trains it; and back."""
+    """Export classifiers of the class token and of the mean of the patches, as `finetune` trains them; and import them."""
     transformers = pytest.importorskip("transformers")
     vit = save_vit(tmp_path / "vit", classes=3, **options)
     out = mapet.export(backbone=tmp_path / "vit", out=tmp_path / "out", format=["transformers"], images=crops)
@@ -153,8 +153,10 @@ def test_classifiers_for_transformers(options, name, crops, tmp_path):
     assert type(model).__name__ == name
     pixels = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        assert same(model(pixels).logits, vit(pixels))
-        assert same(load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels))
+        assert is_close(model(pixels).logits, vit(pixels))
+        assert is_close(
+            load_backbone(out / "transformers").eval().forward_features(pixels), vit.forward_features(pixels)
+        )
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_what_transformers_can_t_be(options, reason, crops, tmp_path):
 
 
 def test_onnx(crops, tmp_path):
-    """Any number of images, a size of one's own."""
+    """Run ONNX with other batch sizes and image sizes."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     save_vit(tmp_path / "vit", classes=3, reg_tokens=1)
@@ -194,8 +196,8 @@ def test_onnx(crops, tmp_path):
         pixels = torch.randn(count, 3, 24, 40)
         features, logits = session.run(None, {"pixel_values": pixels.numpy()})
         with torch.no_grad():
-            assert same(torch.from_numpy(features), vit.forward_features(pixels), 1e-4)
-            assert same(torch.from_numpy(logits), vit(pixels), 1e-4)
+            assert is_close(torch.from_numpy(features), vit.forward_features(pixels), 1e-4)
+            assert is_close(torch.from_numpy(logits), vit(pixels), 1e-4)
 
 
 def test_torch_export(crops, tmp_path):
@@ -211,7 +213,7 @@ def test_torch_export(crops, tmp_path):
     for count in (1, 5):
         pixels = torch.randn(count, 5, 32, 32)
         with torch.no_grad():
-            assert same(program(pixels)[0], vit.forward_features(pixels))
+            assert is_close(program(pixels)[0], vit.forward_features(pixels))
 
 
 def test_other_patches_and_channels(crops, tmp_path):
@@ -243,7 +245,7 @@ def test_a_finetuned_model(digits, run_dir, tmp_path, caplog):
     pixels = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         logits = torch.export.load(out / "torch-export" / "model.pt2").module()(pixels)[1]
-        assert same(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
+        assert is_close(logits, load_backbone(tmp_path / "tuned").eval()(pixels))
     # Where it comes from: the run that it was fine-tuned from, whose tokenizer counts here too.
     assert "converted from" not in card and "8 images of test" in card and str(run_dir.parent) not in card
     assert "288 images without labels" in card and "hash of the tokenizer" in card
@@ -267,7 +269,7 @@ def test_a_finetuning_is_repeated_by_its_recipe(digits, run_dir, tmp_path):
 
 
 def test_the_past_of_a_finetuned_model_is_inherited(digits, run_dir, tmp_path):
-    """A pre-trained teacher's, through two fine-tunings, with the run gone; that of weights from elsewhere; none."""
+    """The card names a pre-trained teacher through two fine-tunings with the run deleted, and external weights."""
 
     def card_of(name):
         mapet.export(backbone=tmp_path / name / "model", out=tmp_path / f"{name}-out")
@@ -355,7 +357,7 @@ def test_the_card_s_features_are_those_of_the_options(tmp_path):
 def test_export_refuses_what_it_can_t_do(run_dir, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with refused("not empty"):
+    with refused(field="out"):
         mapet.export(backbone=run_dir, out=tmp_path / "full")
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with refused("onnx", "[export]"):
@@ -375,7 +377,7 @@ def test_without_images_it_says_so(tmp_path, caplog):
 
 
 def test_a_pretrained_teacher_is_named_in_the_card(run_dir, tmp_path):
-    """With another name in visual_tokenizer.json: what leans on a pre-trained network says so."""
+    """A card names the pre-trained network that visual_tokenizer.json names."""
     from mapet.reports.model_card import read_provenance
 
     tokenizer = {"teacher": {"teacher": "resnet50x64_clip.openai"}, "quantizer": {"kind": "kmeans"}, "vocab_size": 8192,

@@ -8,12 +8,13 @@ import numpy as np
 import mapet
 from mapet.cli import main
 from mapet.files import file_hash, read_checksummed_json, write_checksummed_json
+from tests.refused import fails
 
 FIGURES = {"code_usage.png", "token_maps.png", "patches_by_code.png", "nearest_codes.png"}
 
 
 def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monkeypatch):
-    """On labeled images, through the command line, the same each time and whatever the batch size."""
+    """Metrics of labeled images from the command line, reproducible at any batch size."""
     caplog.set_level("INFO", "mapet")
     argv = [
         "inspect-tokenizer",
@@ -24,7 +25,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
         "--sample",
         300,
     ]
-    assert main([str(word) for word in [*argv, "--out", tmp_path / "a"]]) == 0
+    assert main([str(arg) for arg in [*argv, "--out", tmp_path / "a"]]) == 0
     assert {path.name for path in (tmp_path / "a").iterdir()} == FIGURES | {
         "tokenizer_metrics.json",
         "tokenizer_report.md",
@@ -41,7 +42,7 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
     page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 7)
-    assert main([str(word) for word in [*argv, "--out", tmp_path / "b"]]) == 0
+    assert main([str(arg) for arg in [*argv, "--out", tmp_path / "b"]]) == 0
     assert (tmp_path / "b" / "tokenizer_metrics.json").read_text() == (
         tmp_path / "a" / "tokenizer_metrics.json"
     ).read_text()
@@ -59,7 +60,7 @@ def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir,
 
 
 def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
-    """Tokens paired with the wrong images: hashes agree, only looking tells."""
+    """Tokens paired with the wrong images: hashes agree, only the tokens differ."""
     options = {"tokenizer": tokenizer_dir, "images": few_digits, "sample": 100}
     mapet.inspect_tokenizer(**options, tokens=tokens_dir, out=tmp_path / "a")
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
@@ -94,12 +95,11 @@ def test_poor_tokens_are_warned_of(digits, tmp_path, caplog, capsys):
 
 
 def test_bad_options(digits, tokenizer_dir, run_dir, tmp_path, capsys):
-    for words, message in [
-        ([], "required"),
-        (["--tokenizer", tokenizer_dir], "required"),
-        (["--tokenizer", digits, "--images", digits / "train"], "visual_tokenizer.json"),
-        (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], "does not exist"),
+    for args, named in [
+        ([], ["--tokenizer"]),
+        (["--tokenizer", tokenizer_dir], ["--images"]),
+        (["--tokenizer", digits, "--images", digits / "train"], [digits, "visual_tokenizer.json"]),
+        (["--tokenizer", tokenizer_dir, "--images", tmp_path / "none"], [tmp_path / "none"]),
     ]:
-        assert main([str(word) for word in ["inspect-tokenizer", *words, "--out", tmp_path / "o"]]) != 0
-        assert message in capsys.readouterr().err
+        fails(capsys, "inspect-tokenizer", *args, "--out", tmp_path / "o", named=named)
         assert not (tmp_path / "o").exists()

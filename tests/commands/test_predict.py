@@ -1,4 +1,4 @@
-"""`predict`: what a fine-tuned model says of images, in both formats, whole or killed."""
+"""`predict`: labels and probabilities in both formats, uninterrupted or killed."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def rows_of(path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_path):
-    """By timm alone, from the model's folder; the accuracy of the labels is the one that fine-tuning has measured."""
+    """Equal to timm's from the model's folder; the accuracy of the labels is the one that fine-tuning measured."""
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     out = mapet.predict(backbone=tuned, images=digits / "test", out=tmp_path / f"predictions{suffix}", **CPU)
@@ -60,15 +60,15 @@ def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_pat
     with torch.no_grad():
         logits = model((torch.from_numpy(pixels)[:, None] / 255 - 0.5) / 0.25)
     expected = torch.softmax(logits / config["temperature"], 1)
-    found = [[float(row[f"probability:{name}"]) for name in config["label_names"]] for row in rows[:50]]
-    assert np.allclose(found, expected.numpy(), atol=2e-6)
-    for row, chances in zip(rows, found, strict=False):
+    result = [[float(row[f"probability:{name}"]) for name in config["label_names"]] for row in rows[:50]]
+    assert np.allclose(result, expected.numpy(), atol=2e-6)
+    for row, chances in zip(rows, result, strict=False):
         assert float(row["probability"]) == pytest.approx(max(chances)) and not row["error"]
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_held_out_probabilities_are_calibrated(tuned, digits, tmp_path):
-    """Of the images that they were calibrated on, the likelihood is at its best: T times 1.3 either way is worse."""
+    """On the calibration images the likelihood is maximal: T times or over 1.3 is worse."""
     mapet.predict(backbone=tuned, images=digits / "test", out=tmp_path / "p.csv", **CPU)
     chances = np.array([float(row[f"probability:{row['id'].split('/')[0]}"]) for row in rows_of(tmp_path / "p.csv")])
     calibration = RunState.read(tuned).results["calibration"]
@@ -78,7 +78,7 @@ def test_held_out_probabilities_are_calibrated(tuned, digits, tmp_path):
 
 @pytest.fixture
 def awkward(digits, tmp_path):
-    """Ids that a spreadsheet would run, quotes, bytes that are no UTF-8, and an unreadable file."""
+    """Ids that are spreadsheet formulas, quotes, bytes that are not UTF-8, and an unreadable file."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number, name in enumerate(
@@ -128,9 +128,9 @@ def test_killed_or_interrupted_and_resumed_is_the_same_file(suffix, tuned, awkwa
     monkeypatch.setattr(BackboneWrapper, "logits", stop)
     with pytest.raises(ZeroDivisionError):
         mapet.predict(out=out, **options)
-    with refused("not empty", "resume=True", field="out"):
+    with refused("resume=True", field="out"):
         mapet.predict(out=out, **options)
-    with pytest.raises(Interrupted, match="predictions of 14 of 25"):
+    with refused("14 of 25", kind=Interrupted):
         mapet.predict(out=out, resume=True, **options)
     assert not out.exists()
     mapet.predict(out=out, resume=True, **options)
@@ -156,7 +156,7 @@ def test_really_killed(tuned, digits, tmp_path):
         tmp_path / "parts.csv",
         "--resume",
     ]
-    subprocess.run([str(word) for word in argv], check=True, env=os.environ | {"MAPET_WORKERS": "0"})
+    subprocess.run([str(arg) for arg in argv], check=True, env=os.environ | {"MAPET_WORKERS": "0"})
     assert (tmp_path / "parts.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 

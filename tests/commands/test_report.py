@@ -31,8 +31,8 @@ FIGURES = [
 
 
 def data_of(html):
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
-    return json.loads(found)
+    (result,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)
+    return json.loads(result)
 
 
 def longer(run, folder):
@@ -59,9 +59,9 @@ def run(run_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(run, digits, tmp_path_factory):
-    """The report of a run, its pictures of labeled images."""
+    """The report of a run, its figures of labeled images."""
     out = tmp_path_factory.mktemp("report") / "report.html"
-    words = [
+    args = [
         "report",
         run,
         "--out",
@@ -71,7 +71,7 @@ def report(run, digits, tmp_path_factory):
         "--device",
         "cpu",
     ]
-    assert main([str(word) for word in words]) == 0
+    assert main([str(arg) for arg in args]) == 0
     return out
 
 
@@ -86,7 +86,7 @@ def test_report_of_a_run(report):
 
 
 def test_step_through_is_what_the_model_predicts(report):
-    """The same words as the tokenizer gives the image, and predictions for each hidden patch in its order."""
+    """Token ids are those of the tokenizer; each masked patch has a prediction, in the permuted order."""
     (run,) = data_of(report.read_text())["runs"]
     steps = run["steps"]
     assert (steps["grid"], steps["hidden"], steps["sees_targets"], steps["sees_positions"]) == ([4, 4], 12, True, True)
@@ -95,15 +95,17 @@ def test_step_through_is_what_the_model_predicts(report):
         assert sorted(image["order"]) == list(range(16))
         hidden = [image["tokens"][patch] for patch in image["order"][4:]]
         assert len(image["predicted"]) == 12
-        for word, true, sure, chance in zip(image["predicted"], hidden, image["sure"], image["chance"], strict=True):
-            assert chance <= sure and (word != true or chance == sure)
+        for predicted, true, sure, chance in zip(
+            image["predicted"], hidden, image["sure"], image["chance"], strict=True
+        ):
+            assert chance <= sure and (predicted != true or chance == sure)
         sources = [image[name] for name in ("src", "true_src", "colors_src", "predicted_src")]
         assert all(source.startswith("data:image/webp;base64,") for source in sources)
 
 
-def test_several_runs_from_words(run, run_dir, tmp_path, capsys):
-    words = ["report", run, run_dir, "--out", tmp_path / "r.html", "--no-figures"]
-    assert main([str(word) for word in words]) == 0
+def test_several_runs_without_figures(run, run_dir, tmp_path, capsys):
+    args = ["report", run, run_dir, "--out", tmp_path / "r.html", "--no-figures"]
+    assert main([str(arg) for arg in args]) == 0
     html = (tmp_path / "r.html").read_text()
     assert len(data_of(html)["runs"]) == 2 and "None but names of folders." in html
     assert main(["report", str(run), "--run", str(run), "--out", str(tmp_path / "s.html")]) == 2
@@ -146,15 +148,15 @@ def browser():
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(driver))
-    found.set_script_timeout(60)
-    yield found
-    found.quit()
+    result = webdriver.Chrome(options=options, service=webdriver.chrome.service.Service(driver))
+    result.set_script_timeout(60)
+    yield result
+    result.quit()
 
 
 @pytest.fixture(params=[(1280, 900), (375, 800)], ids=["desktop", "phone"])
 def screen(browser, request):
-    """The browser at a width; what it is shown may log nothing, ask nobody else, and not scroll sideways."""
+    """The browser at a width; a page may log nothing, request no other server, and not scroll sideways."""
     width, height = request.param
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -164,32 +166,32 @@ def screen(browser, request):
     assert [line for line in browser.get_log("browser") if "favicon" not in line["message"]] == []
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert [url for url in asked if not url.startswith(("file:", "data:", "http://127.0.0.1:"))] == []
+    requested = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in requested if not url.startswith(("file:", "data:", "http://127.0.0.1:"))] == []
 
 
 def shown_range(browser):
-    """What the first chart says it shows: 'steps 10 to 1,000'."""
+    """Return the range in the first chart's label: 'steps 10 to 1,000'."""
     label = browser.execute_script("return document.querySelector('.chart .plot').ariaLabel")
-    found = re.search(r"(?:step|epoch)s [\d.,]+ to [\d.,]+", label)
-    return found and found[0].rstrip(".")
+    result = re.search(r"(?:step|epoch)s [\d.,]+ to [\d.,]+", label)
+    return result and result[0].rstrip(".")
 
 
 def num_lines(browser):
-    """Lines that the first chart draws, as its graph has them."""
+    """Return the lines of the first chart's graph."""
     return browser.execute_script("return charts.charts[0].plot.series.slice(1).filter(one => one.show).length")
 
 
 def text(browser, selector):
-    """Of an element now: a live page may load itself anew at any moment."""
+    """Return the text of an element now: a live page may reload at any moment."""
     return browser.execute_script("return document.querySelector(arguments[0])?.innerText || ''", selector)
 
 
 def pixels(browser, caption):
-    """Of a canvas of the step-through, as one string."""
+    """Return the pixels of a canvas of the step-through, as one string."""
     figures = "[...document.querySelectorAll('#steps figure')]"
-    found = f"{figures}.find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas')"
-    return browser.execute_script(f"return {found}.toDataURL()", caption)
+    canvas = f"{figures}.find(f => f.textContent.startsWith(arguments[0])).querySelector('canvas')"
+    return browser.execute_script(f"return {canvas}.toDataURL()", caption)
 
 
 @pytest.mark.slow
@@ -237,20 +239,22 @@ def test_step_through_and_colors_in_a_browser(screen, report):
     from selenium.webdriver.common.keys import Keys
 
     screen.get(report.as_uri())
-    said, slider = (screen.find_element(By.CSS_SELECTOR, f"#steps {one}") for one in (".said", "input[type=range]"))
-    assert said.text.startswith("4 patches are given; 12 are to be predicted")
+    sentence, slider = (
+        screen.find_element(By.CSS_SELECTOR, f"#steps {one}") for one in (".sentence", "input[type=range]")
+    )
+    assert sentence.text.startswith("4 patches are given; 12 are to be predicted")
     empty = pixels(screen, "Predicted")
     screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch on']").click()
-    assert said.text.startswith("Patch 1 of 12")
+    assert sentence.text.startswith("Patch 1 of 12")
     one = pixels(screen, "Predicted")
     assert one != empty
     slider.send_keys(Keys.ARROW_RIGHT)
-    assert said.text.startswith("Patch 2 of 12") and pixels(screen, "Predicted") != one
+    assert sentence.text.startswith("Patch 2 of 12") and pixels(screen, "Predicted") != one
     slider.send_keys(Keys.END)
-    assert said.text.startswith("Patch 12 of 12")
+    assert sentence.text.startswith("Patch 12 of 12")
     assert not screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch on']").is_enabled()
     screen.find_element(By.CSS_SELECTOR, "button[aria-label='One patch back']").send_keys(Keys.ARROW_LEFT)
-    assert said.text.startswith("Patch 11 of 12")
+    assert sentence.text.startswith("Patch 11 of 12")
     paper = "return getComputedStyle(document.body).backgroundColor"
     light = screen.execute_script(paper)
     screen.find_element(By.ID, "theme").click()

@@ -49,8 +49,8 @@ def images(photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(vit_folder, images, tmp_path_factory):
-    out = tmp_path_factory.mktemp("found") / "out"
+def result(vit_folder, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("result") / "out"
     return mapet.search(backbone=vit_folder, images=images, out=out, num_neighbors=4, **CPU)
 
 
@@ -59,10 +59,10 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_neighbors_are_scikit_learn_s(found):
-    ids, features = read_embeddings(found / "features")
+def test_neighbors_are_scikit_learn_s(result):
+    ids, features = read_embeddings(result / "features")
     distances, nearest = NearestNeighbors(n_neighbors=5, metric="cosine").fit(features.astype(np.float64)).kneighbors()
-    rows = {(row["id"].removeprefix("'"), int(row["rank"])): row for row in rows_of(found / "neighbors.csv")}
+    rows = {(row["id"].removeprefix("'"), int(row["rank"])): row for row in rows_of(result / "neighbors.csv")}
     assert len(rows) == 4 * 65 == 4 * len(ids)
     for i, name in enumerate(ids):
         for rank in range(1, 5):
@@ -74,8 +74,8 @@ def test_neighbors_are_scikit_learn_s(found):
                 assert row["neighbor"].removeprefix("'") == ids[nearest[i, rank - 1]]
 
 
-def test_duplicates_are_the_copies(found, images):
-    rows = rows_of(found / "duplicates.csv")
+def test_duplicates_are_the_copies(result, images):
+    rows = rows_of(result / "duplicates.csv")
     pairs = {(row["group"], row["kind"], *sorted((row["id"], row["duplicate"]))) for row in rows}
     exact = {
         ("1", "exact", *pair)
@@ -90,23 +90,23 @@ def test_duplicates_are_the_copies(found, images):
         return np.asarray(Image.open(images / name.removeprefix("'")).resize((16, 16), Image.Resampling.BICUBIC), float)
 
     assert all(np.sqrt(np.square(small(a) - small(b)).mean()) < 4.5 for a, b in near)
-    results = RunState.read(found).results
+    results = RunState.read(result).results
     assert results["exact_duplicates"] == 3 and results["near_duplicates"] == len(
         {name for pair in near for name in pair}
     )
     assert min(float(row["similarity"]) for row in rows) >= results["min_similarity"] - 1e-6
 
 
-def test_outliers_by_their_distance(found):
-    ids, features = read_embeddings(found / "features")
+def test_outliers_by_their_distance(result):
+    ids, features = read_embeddings(result / "features")
     distances = np.sort(cdist(features, features, "cosine"), axis=1)[:, 1:5].mean(1)  # without itself
-    rows = rows_of(found / "outliers.csv")
+    rows = rows_of(result / "outliers.csv")
     assert rows[0]["id"] == ids[distances.argmax()]
     assert np.allclose([float(row["distance"]) for row in rows], np.sort(distances)[::-1], atol=2e-6)
 
 
-def test_the_page_has_thumbnails_and_escapes_names(found):
-    page = (found / "search.html").read_text()
+def test_the_page_has_thumbnails_and_escapes_names(result):
+    page = (result / "search.html").read_text()
     sections = dict(zip(re.findall("<h2>(.*?)</h2>", page), re.split("<h2>.*?</h2>", page)[1:], strict=True))
     assert [text.count("<img") for text in sections.values()][1:] == [48, 24 * 5]
     (title, duplicates), *_ = sections.items()
@@ -119,12 +119,12 @@ def test_the_page_has_thumbnails_and_escapes_names(found):
     assert html.escape("exact =copy.png") in page
 
 
-def test_a_query_reuses_the_features(found, vit_folder, images, tmp_path, monkeypatch):
+def test_a_query_reuses_the_features(result, vit_folder, images, tmp_path, monkeypatch):
     """Of an image, of another folder, of a file alone; no feature of the images is computed again."""
     monkeypatch.setattr(embeddings, "_write", lambda *_: pytest.fail("features are computed again"))
-    options = {"backbone": vit_folder, "images": images, "features": found / "features", "num_neighbors": 3, **CPU}
+    options = {"backbone": vit_folder, "images": images, "features": result / "features", "num_neighbors": 3, **CPU}
     out = mapet.search(query=images / "crop005.png", out=tmp_path / "one", **options)
-    all_rows = [row for row in rows_of(found / "neighbors.csv") if row["id"] == "crop005.png"]
+    all_rows = [row for row in rows_of(result / "neighbors.csv") if row["id"] == "crop005.png"]
     rows = rows_of(out / "neighbors.csv")
     assert [row["neighbor"] for row in rows] == ["crop005.png", *(row["neighbor"] for row in all_rows[:2])]
     assert float(rows[0]["similarity"]) == pytest.approx(1) and not (out / "duplicates.csv").exists()
@@ -136,7 +136,7 @@ def test_a_query_reuses_the_features(found, vit_folder, images, tmp_path, monkey
         mapet.search(out=tmp_path / "x", **options | {"backbone": tmp_path / "other"})
 
 
-def test_interrupted_and_resumed_and_by_small_blocks(found, vit_folder, images, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_and_by_small_blocks(result, vit_folder, images, tmp_path, monkeypatch):
     monkeypatch.setattr(similarity, "BLOCK_ROWS", 17)
     monkeypatch.setattr(embeddings, "inference_batch_size", lambda _: 10)
     options = [
@@ -166,12 +166,12 @@ def test_interrupted_and_resumed_and_by_small_blocks(found, vit_folder, images, 
         ("neighbors", ("id", "rank"), "similarity"),
         ("duplicates", ("id", "duplicate", "kind"), "similarity"),
     ):
-        mine, expected = (rows_of(folder / f"{name}.csv") for folder in (tmp_path / "out", found))
-        assert [[row[key] for key in columns] for row in mine] == [[row[key] for key in columns] for row in expected], (
-            name
-        )
-        assert np.allclose([float(row[number]) for row in mine], [float(row[number]) for row in expected], atol=2e-6)
-    assert rows_of(tmp_path / "out" / "outliers.csv")[0]["id"] == rows_of(found / "outliers.csv")[0]["id"]
+        actual, expected = (rows_of(folder / f"{name}.csv") for folder in (tmp_path / "out", result))
+        assert [[row[key] for key in columns] for row in actual] == [
+            [row[key] for key in columns] for row in expected
+        ], name
+        assert np.allclose([float(row[number]) for row in actual], [float(row[number]) for row in expected], atol=2e-6)
+    assert rows_of(tmp_path / "out" / "outliers.csv")[0]["id"] == rows_of(result / "outliers.csv")[0]["id"]
 
 
 def test_more_copies_than_neighbors_and_two_images(vit_folder, photos, tmp_path, caplog):

@@ -200,7 +200,7 @@ def test_jitter_is_torchvisions_in_any_order(order, seed):
 
 @pytest.mark.parametrize(("epochs", "num_steps"), [(2.5, 8), (2.4, 7), (2.34, 7), (0.7, 2), (0.01, 1), (2.0, 6)])
 def test_last_epoch_ends_early_after_the_nearest_step(epochs, num_steps):
-    """The steps of a part of an epoch are those of the whole one; at least one step is made."""
+    """The steps of a partial epoch are the first ones of the full epoch, at least one."""
     whole = list(EpochBatchSampler(np.arange(25), 10, 3, seed=4))  # 3 steps per epoch
     sampler = EpochBatchSampler(np.arange(25), 10, epochs, seed=4)
     assert list(sampler) == whole[:num_steps] and len(sampler) == num_steps
@@ -273,7 +273,7 @@ def finish(store, ids, unreadable=None):
 
 
 def test_shards_are_written_in_any_order(crops, tmp_path, monkeypatch):
-    """By whichever process, interrupted in the middle of any."""
+    """Shards are written by any process, interrupted within any."""
     monkeypatch.setattr("mapet.data.token_store.SHARD_SIZE", 5)
     images = list_images(crops)
     store, ids = store_of(tmp_path / "s", images)
@@ -341,7 +341,7 @@ def test_out_of_range_token_is_noticed(crops, tmp_path):
 
 
 def test_a_million_paths_stay_compact():
-    """One block of bytes: about 40 bytes a path, not a Python string each."""
+    """Paths are in one block of bytes: about 40 bytes per path, not a Python string each."""
     ids = [b"folder%03d/image_%07d.jpg" % (i % 1000, i) for i in range(100_000)]
     images = ImageFiles(scan_root := __import__("pathlib").Path("/data"), ids, [1] * len(ids))
     size = len(images.ids.block) + images.ids.ends.nbytes + images.file_sizes.nbytes

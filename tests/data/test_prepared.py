@@ -18,7 +18,7 @@ from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.errors import Interrupted
-from tests.refused import refused
+from tests.refused import fails, refused
 
 
 @pytest.fixture
@@ -172,10 +172,9 @@ def test_negative_and_floating_point_values_need_a_range(scans, photos, capsys):
     made, gray = list_images(scans / "made"), torch.from_numpy(photos[0][:300, :320].mean(-1)).float()
     for index in range(2):
         assert (made.open(index, 1).read()[0].float() - gray).abs().mean() < 3
-    assert main([*argv, "--value-range", "5", "5", "--resume"]) == 2
-    assert "--value-range: must be pairs" in capsys.readouterr().err
-    assert main([*argv, "--value-range", "-1000", "400", "--resume"]) == 2
-    assert "value_range: [-1000.0, 1040.0] -> [-1000.0, 400.0]" in capsys.readouterr().err
+    fails(capsys, *argv, "--value-range", "5", "5", "--resume", named=["--value-range"], field="value_range")
+    change = "value_range: [-1000.0, 1040.0] -> [-1000.0, 400.0]"
+    fails(capsys, *argv, "--value-range", "-1000", "400", "--resume", named=[change])
 
 
 def test_eight_bits_stay_as_they_are(folder, tmp_path):

@@ -48,7 +48,7 @@ def test_random_crops_are_distributed_as_torchvisions(size, min_scale):
     image = torch.empty(1, *size)
     expected = [RandomResizedCrop.get_params(image, (min_scale, 1), (3 / 4, 4 / 3)) for _ in range(4000)]
     views = [sample_view(spec, size, key, 0) for key in range(4000)]
-    ours, theirs = np.array([view[:4] for view in views]), np.array(expected)
+    ours, reference = np.array([view[:4] for view in views]), np.array(expected)
     area, aspect = ours[:, 2] * ours[:, 3] / np.prod(size), ours[:, 3] / ours[:, 2]
     assert 0.98 * min_scale < area.min() and aspect.min() > 0.73 and aspect.max() < 1.37
     for values in (
@@ -57,7 +57,7 @@ def test_random_crops_are_distributed_as_torchvisions(size, min_scale):
         lambda box: box[:, 0],
         lambda box: box[:, 1],
     ):
-        assert ks_2samp(values(ours), values(theirs)).pvalue > 1e-3
+        assert ks_2samp(values(ours), values(reference)).pvalue > 1e-3
     assert 0.45 < np.mean([view.flip for view in views]) < 0.55
 
 

@@ -62,8 +62,8 @@ def plain_hog(image, cell):
 @pytest.mark.parametrize(("size", "cell"), [((8, 8), 2), ((34, 40), 8), ((16, 30), 4)])
 def test_hog(size, cell):
     images = random_images(2, 2, *size)
-    found = HOGFeatures()(images)
-    for image, features in zip(images.double().numpy(), found, strict=True):
+    result = HOGFeatures()(images)
+    for image, features in zip(images.double().numpy(), result, strict=True):
         expected = np.concatenate([plain_hog(channel, cell) for channel in image], 2).transpose(2, 0, 1)
         assert features.shape == expected.shape and np.abs(features.numpy() - expected).max() < 1e-5
 
@@ -92,8 +92,8 @@ def test_kmeans_patches(shape, size, monkeypatch):
     whitening = vectors @ np.diag(1 / np.sqrt(values + 0.1)) @ vectors.T
     assert np.abs(model.whitening.numpy() - whitening).max() < 1e-3 * np.abs(whitening).max()
     centroids = model.centroids.double().numpy()
-    found = model(images[:2])
-    for part, features in zip(patches, found, strict=False):
+    result = model(images[:2])
+    for part, features in zip(patches, result, strict=False):
         z = np.linalg.norm(((part - mean) @ whitening)[:, None] - centroids, axis=2)
         expected = np.maximum(0, z.mean(1, keepdims=True) - z).T.reshape(features.shape)
         assert np.abs(features.numpy() - expected).max() < 2e-2
@@ -124,12 +124,12 @@ def test_teacher_and_tokens_are_those_of_the_run(run_dir, tokenizer_dir, few_dig
     assert teacher.image_size == tuple(tokenizer.teacher.image_size)
     assert torch.equal(teacher.last_layer(pixels), tokenizer.teacher(pixels))
     counts = torch.stack([torch.bincount(ids.flatten(), minlength=tokenizer.vocab_size) for ids in tokenizer(pixels)])
-    found = tokens.pooled_features(pixels, [-1], "mean")[0]
-    torch.testing.assert_close(found, counts / math.prod(tokenizer.grid))
+    result = tokens.pooled_features(pixels, [-1], "mean")[0]
+    torch.testing.assert_close(result, counts / math.prod(tokenizer.grid))
 
 
 def test_what_is_planned(run_dir, few_digits, caplog):
-    """Untrained networks once for each architecture that is not given; nothing without a protocol for it; what is named must be there."""
+    """Untrained networks once per architecture; no control without its protocol; named controls must exist."""
     train = LabeledSet.without_labels(list_images(few_digits))
     backbones = [BackboneWrapper.load(source, CPU) for source in (str(run_dir), str(run_dir / "backbone"))]
 
@@ -208,11 +208,11 @@ def test_verdict_on_imbalanced_images_is_of_the_balanced_accuracy():
 
 
 def test_controls_are_in_table_and_run_json(run_dir, tmp_path, caplog):
-    """And the verdict, which is that of run.json's own numbers."""
+    """The verdict agrees with the numbers of run.json."""
     caplog.set_level(logging.INFO, "mapet")
     images, test_images = save_images(tmp_path / "train", 12), save_images(tmp_path / "test", 10)
     out = tmp_path / "out"
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=str(run_dir), images=images, test_images=test_images, out=out, device="cpu", protocols=["knn", "feature-rank"],
     )  # fmt: skip
     names = [
@@ -223,13 +223,13 @@ def test_controls_are_in_table_and_run_json(run_dir, tmp_path, caplog):
         f"teacher of {run_dir}",
         f"tokens of {run_dir}",
     ]
-    assert list(found) == [str(run_dir), *names]
-    assert set(found["raw pixels"]) == {"knn"} and "rankme" in found[str(run_dir)]
+    assert list(result) == [str(run_dir), *names]
+    assert set(result["raw pixels"]) == {"knn"} and "rankme" in result[str(run_dir)]
     results = RunState.read(out).results
     assert list(results["controls"]) == names and list(results["backbones"]) == [str(run_dir)]
     [verdict] = results["verdicts"]
-    best = max(names, key=lambda name: found[name]["knn"])
-    assert verdict["control_value"] == found[best]["knn"] and verdict["value"] == found[str(run_dir)]["knn"]
+    best = max(names, key=lambda name: result[name]["knn"])
+    assert verdict["control_value"] == result[best]["knn"] and verdict["value"] == result[str(run_dir)]["knn"]
     assert verdict["difference"] == pytest.approx(verdict["value"] - verdict["control_value"])
     page = (out / "evaluation.md").read_text()
     assert "| raw pixels (control) |" in page and f"random:{run_dir} (control)" in page.replace("\\", "")
@@ -253,6 +253,6 @@ def test_the_untrained_network_has_the_layers_and_the_pooling_of_the_backbone(ru
         "layers": (0, -1),
     }
     untrained = f"random:{run_dir}"
-    found = mapet.evaluate(backbone=str(run_dir), controls=["untrained"], **options)
+    result = mapet.evaluate(backbone=str(run_dir), controls=["untrained"], **options)
     named = mapet.evaluate(backbone=[str(run_dir), untrained], controls=["none"], out=tmp_path / "out", **options)
-    assert found == named
+    assert result == named

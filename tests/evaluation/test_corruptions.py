@@ -27,8 +27,8 @@ def resized(photo, side):
 def test_harm_grows_with_severity(kind, side, channels, photos):
     image = resized(photos[0], side)[..., :channels]
     draw = [corrupt(image, kind, severity, np.random.default_rng(3)) for severity in range(1, 6)]
-    assert all(picture.shape == image.shape and picture.dtype == np.uint8 for picture in draw)
-    harm = [float(np.sqrt(((picture.astype(float) - image) ** 2).mean())) for picture in draw]
+    assert all(corrupted.shape == image.shape and corrupted.dtype == np.uint8 for corrupted in draw)
+    harm = [float(np.sqrt(((corrupted.astype(float) - image) ** 2).mean())) for corrupted in draw]
     assert harm[0] > 0.5, harm
     if kind in UNEVEN:
         assert max(harm[2:]) > 0.6 * harm[0], harm
@@ -56,8 +56,8 @@ def test_what_the_kinds_are(photos):
     share = CORRUPTIONS["impulse_noise"].parameters["fraction"].interpolate(side, severity)
     assert np.isin(hit, [0.0, 1.0]).mean() == pytest.approx(share, rel=0.05)
 
-    def detail(picture):
-        return np.abs(np.diff(picture.astype(float), axis=0)).mean()
+    def detail(corrupted):
+        return np.abs(np.diff(corrupted.astype(float), axis=0)).mean()
 
     for kind in ("defocus_blur", "motion_blur", "zoom_blur", "glass_blur"):
         blurred = corrupt(image, kind, 4, rng(0))

@@ -50,14 +50,14 @@ def test_linear_probe_is_scikit_learns_logistic_regression(present):
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor(present)[torch.arange(120) % len(present)]
     features = 3 * torch.randn(120, 5, generator=generator) + labels[:, None] + 7
-    found = fit_logistic(features, labels, 4, C=0.5)(features).softmax(1)
-    assert found.argmax(1).unique().tolist() == present and set(range(4)) - set(present) == set(
-        np.flatnonzero(found.sum(0) == 0)
+    result = fit_logistic(features, labels, 4, C=0.5)(features).softmax(1)
+    assert result.argmax(1).unique().tolist() == present and set(range(4)) - set(present) == set(
+        np.flatnonzero(result.sum(0) == 0)
     )
     if len(present) > 1:
         scaled = StandardScaler().fit_transform(features)
         model = LogisticRegression(C=0.5, max_iter=300).fit(scaled, labels)
-        np.testing.assert_allclose(found[:, present], model.predict_proba(scaled), atol=2e-3)
+        np.testing.assert_allclose(result[:, present], model.predict_proba(scaled), atol=2e-3)
 
 
 def test_split_is_fixed_and_stratified(digits):

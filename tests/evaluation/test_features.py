@@ -26,7 +26,7 @@ def one_thread(two_threads):
 
 
 def original(size=(32, 32), channels=3, **more):
-    """A ViT of a published width, so that a file of its weights tells its heads, at a size that no template has."""
+    """A ViT of a published width, from which the number of heads follows, at an unusual size."""
     torch.manual_seed(0)
     options = {"img_size": size, "patch_size": 8, "depth": 2, "in_chans": channels, "num_classes": 0} | more
     vit = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -57,8 +57,8 @@ def assert_sees_as(encoder, vit, stats, size=(32, 32), channels=3, eps=1e-5):
     images = some_images(size, channels)
     tokens = layers_of(vit, images, stats)
     for pool, pooled in (("mean", lambda x: x[:, 1:].mean(1)), ("cls", lambda x: x[:, 0])):
-        for found, expected in zip(encoder.pooled_features(images, [0, 1], pool), tokens, strict=True):
-            assert float((found - pooled(expected)).abs().max()) < eps
+        for result, expected in zip(encoder.pooled_features(images, [0, 1], pool), tokens, strict=True):
+            assert float((result - pooled(expected)).abs().max()) < eps
     patches = encoder.last_layer(images).flatten(2).transpose(1, 2)
     assert float((patches - tokens[1][:, 1:]).abs().max()) < 2 * eps
 
@@ -69,7 +69,7 @@ def mae(vit):
 
 
 def test_a_weights_file(tmp_path):
-    """Of MAE's and of timm's layout: they say nothing of pixels, which are taken to be normalized with ImageNet's."""
+    """In MAE's and timm's layout, without normalization: ImageNet's is assumed."""
     vit = original()
     torch.save(mae(vit), tmp_path / "mae_pretrain.pth")
     save_file(vit.state_dict() | {"head.weight": torch.ones(5, 192)}, tmp_path / "model.safetensors")
@@ -80,7 +80,7 @@ def test_a_weights_file(tmp_path):
 @pytest.mark.parametrize("stats", [IMAGENET, HALF, ODD])
 @pytest.mark.parametrize("size", [(32, 32), (16, 40)])
 def test_a_timm_folder(stats, size, tmp_path):
-    """As timm writes it for somebody else's model."""
+    """As timm writes it for any model."""
     vit = original(size)
     data = {"input_size": (3, *size), "mean": stats[0], "std": stats[1]}
     args = {"img_size": size, "patch_size": 8, "depth": 2}
@@ -147,16 +147,16 @@ def test_a_folder_that_transformers_writes(tmp_path):
     images = some_images()
     with torch.inference_mode():
         expected = model(images / 255).last_hidden_state[:, 0]
-    found = BackboneWrapper.load(str(tmp_path), CPU).pooled_features(images, [1], "cls")[0]
-    assert float((found - expected).abs().max()) < 1e-5
+    result = BackboneWrapper.load(str(tmp_path), CPU).pooled_features(images, [1], "cls")[0]
+    assert float((result - expected).abs().max()) < 1e-5
 
 
 def test_random_weights_of_a_folder_take_its_size_and_our_pixels(tmp_path):
     save_backbone(original((16, 40)), tmp_path / "vit")
     first, again, other = (BackboneWrapper.load(f"random:{tmp_path / 'vit'}", CPU, seed) for seed in (0, 0, 1))
     assert (first.image_size, first.mean, first.std) == ((16, 40), *IMAGENET)
-    found = [encoder.pooled_features(some_images((16, 40)), [1], "mean")[0] for encoder in (first, again, other)]
-    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=0.01)
+    result = [encoder.pooled_features(some_images((16, 40)), [1], "mean")[0] for encoder in (first, again, other)]
+    assert torch.equal(result[0], result[1]) and not torch.allclose(result[0], result[2], atol=0.01)
 
 
 FAMILIES = {
@@ -182,14 +182,14 @@ def test_families_of_timm(name):
     data = timm.data.resolve_model_data_config(encoder.model)
     assert encoder.image_size == tuple(data["input_size"][1:])
     images = some_images(encoder.image_size)[:1]
-    found = encoder.pooled_features(images, [0, layers - 1], "mean")
-    assert [part.shape for part in found] == [(1, first), (1, last)]
+    result = encoder.pooled_features(images, [0, layers - 1], "mean")
+    assert [part.shape for part in result] == [(1, first), (1, last)]
     mean, std = (torch.tensor(data[key]).view(-1, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
         norm = {} if name.startswith("hiera") else {"norm": True}
         grids = encoder.model.forward_intermediates((images / 255 - mean) / std, intermediates_only=True, **norm)
     assert len(grids) == layers
-    for part, grid in ((found[0], grids[0]), (found[1], grids[-1])):
+    for part, grid in ((result[0], grids[0]), (result[1], grids[-1])):
         torch.testing.assert_close(part, grid.mean((2, 3)), atol=1e-5, rtol=1e-4)
     assert torch.equal(encoder.last_layer(images), grids[-1])
 
@@ -204,7 +204,7 @@ def test_a_class_token_that_timm_does_not_give():
     ("name", "size"), [("xcit_nano_12_p8_224", 72), ("hiera_tiny_224", 224), ("resnet10t", 96), ("test_vit", 80)]
 )
 def test_families_at_other_sizes(name, size):
-    """In multiples of what they take; where a network can't, that is told."""
+    """In multiples of what they take; where a network can't, the error says so."""
     encoder = BackboneWrapper.load(f"random:{name}", CPU)
     assert size % encoder.patch_size == 0
     resized = encoder.with_image_size((size, size))

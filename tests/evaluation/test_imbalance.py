@@ -106,8 +106,8 @@ def test_figures_and_reports_name_balanced_accuracy_first():
     )
     rows = {"logistic_balanced_accuracy": 0.5, "logistic_auroc": 0.6, "logistic": 0.7, "knn": 0.8}
     scores = {f"probe/{name}": value for name, value in rows.items()}
-    told = "linear probe balanced accuracy 0.500, linear probe AUROC 0.600, linear probe 0.700, k-NN 0.800"
-    assert PretrainingTask.format_scores(scores) == told
+    message = "linear probe balanced accuracy 0.500, linear probe AUROC 0.600, linear probe 0.700, k-NN 0.800"
+    assert PretrainingTask.format_scores(scores) == message
     history = History(Path("metrics.jsonl"))
     history.add({"step": 1, **scores})
     assert [label.split(" (")[0] for label in summarize_metrics(history)] == [

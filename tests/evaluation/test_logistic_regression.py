@@ -27,8 +27,8 @@ def test_fit_equals_newtons_method_of_scikit_learn(pixels, num_classes, C):
     x, y = pixels[0][:1437], pixels[1][:1437] % num_classes
     scaled = StandardScaler().fit_transform(x.astype(np.float64))
     expected = LogisticRegression(C=C, max_iter=1000, tol=1e-9, solver="newton-cg").fit(scaled, y)
-    found = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), num_classes, C)(torch.from_numpy(x))
-    assert found.softmax(1).numpy() == pytest.approx(expected.predict_proba(scaled), abs=3e-3)
+    result = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), num_classes, C)(torch.from_numpy(x))
+    assert result.softmax(1).numpy() == pytest.approx(expected.predict_proba(scaled), abs=3e-3)
 
 
 @pytest.mark.parametrize("max_rotated", [0, 4096])
@@ -51,9 +51,9 @@ def test_c_is_chosen_by_scikit_learns_cross_validation_and_the_one_standard_erro
     best = max(range(len(scores)), key=lambda i: scores[i].mean())
     margin = scores[best].std(ddof=1) / 5**0.5
     expected = next(i for i in range(len(scores)) if scores[i].mean() >= scores[best].mean() - margin)
-    found = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), 10)
-    assert logistic_regression.C_CANDIDATES[expected] == found.C
-    assert not found.at_edge and found.selected == f"C {found.C:g}"
+    result = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), 10)
+    assert logistic_regression.C_CANDIDATES[expected] == result.C
+    assert not result.at_edge and result.selected == f"C {result.C:g}"
 
 
 def test_features_that_need_a_weak_penalty_get_one():

@@ -17,6 +17,6 @@ def test_features_of_probes_are_float32_however_the_model_is_trained(digits):
     )
     data = LabeledSet.from_images(list_images(digits / "test"))
     float32, bfloat16 = (ComputeContext(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
-    found, expected = (extract_features(vit, data, compute).layer_features() for compute in (bfloat16, float32))
-    assert torch.equal(found, expected)
+    result, expected = (extract_features(vit, data, compute).layer_features() for compute in (bfloat16, float32))
+    assert torch.equal(result, expected)
     assert EvaluateConfig.model_fields["precision"].default == "float32"

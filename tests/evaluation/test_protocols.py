@@ -78,7 +78,7 @@ def test_few_label_splits_are_the_documented_function():
     """Written out as docs/evaluation.md says it; nested; another image moves none."""
     ids = [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
 
-    def of(names: list[str]) -> LabeledSet:
+    def labeled_set(names: list[str]) -> LabeledSet:
         return LabeledSet.from_images(ImageFiles(Path("x"), [n.encode() for n in names], [0] * len(names)))
 
     def number(name: str, seed: int) -> int:
@@ -89,14 +89,14 @@ def test_few_label_splits_are_the_documented_function():
             expected = {
                 n for c in "ab" for n in sorted((n for n in ids if n[0] == c), key=lambda n: number(n, seed))[:count]
             }
-            assert {ids[i] for i in few_shot_split(of(ids), amount, seed)} == expected
-    assert set(few_shot_split(of(ids), 3, 0)) < set(few_shot_split(of(ids), 0.5, 0))
+            assert {ids[i] for i in few_shot_split(labeled_set(ids), amount, seed)} == expected
+    assert set(few_shot_split(labeled_set(ids), 3, 0)) < set(few_shot_split(labeled_set(ids), 0.5, 0))
     more = [*ids, "b/99.jpg"]
     before, after = (
         {n for n in names if n != "b/99.jpg"}
         for names in (
-            [ids[i] for i in few_shot_split(of(ids), 5, 0)],
-            [more[i] for i in few_shot_split(of(more), 6, 0)],
+            [ids[i] for i in few_shot_split(labeled_set(ids), 5, 0)],
+            [more[i] for i in few_shot_split(labeled_set(more), 6, 0)],
         )
     )
     assert before < after
@@ -109,8 +109,8 @@ def test_neighbors_over_blocks_are_those_of_the_whole():
     )
     scaler = StandardScaler().fit(bank.numpy())
     similarity, rows = nearest_neighbors(((s, bank[s : s + 7]) for s in range(0, 500, 7)), queries, 20, scaler)
-    found = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(scaler.transform(bank.numpy()))
-    distances, expected = found.kneighbors(scaler.transform(queries.numpy()))
+    result = NearestNeighbors(n_neighbors=20, metric="cosine", algorithm="brute").fit(scaler.transform(bank.numpy()))
+    distances, expected = result.kneighbors(scaler.transform(queries.numpy()))
     assert np.array_equal(rows, expected)
     assert similarity.numpy() == pytest.approx(1 - distances, abs=1e-5)
 
@@ -185,10 +185,10 @@ def test_average_precision_by_hand():
     """Ranks of the positives 1, 3, 4 of five: (1/1 + 2/3 + 3/4) / 3."""
     scores = torch.tensor([[5.0, 1, 0], [4, 2, 0], [3, 3, 0], [2, 4, 0], [1, 5, 0]])
     targets = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 0, 1], [1, 0, 0], [0, 0, 0]])
-    found = average_precisions(scores, targets, np.ones(5))
-    assert found[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
-    assert np.isnan(found[1])
-    assert found[2] == pytest.approx(1 / 5)  # all equal: one rank, whatever the order
+    result = average_precisions(scores, targets, np.ones(5))
+    assert result[0] == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert np.isnan(result[1])
+    assert result[2] == pytest.approx(1 / 5)  # all equal: one rank, whatever the order
     twice = average_precisions(scores, targets, np.array([0, 1, 1, 1, 2.0]))
     assert twice[0] == pytest.approx((1 / 2 + 2 / 3) / 2)
 

@@ -36,11 +36,11 @@ def files(tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("files", VERSIONS, indirect=True)
 def test_all_is_read_as_it_was(files):
-    expected, found = json.loads((files / "expected.json").read_text()), write.measure()
+    expected, result = json.loads((files / "expected.json").read_text()), write.measure()
     for name in ("tokenizer_hash", "images_hash", "tokens", "prepared"):
-        assert found[name] == expected[name], name
+        assert result[name] == expected[name], name
     for name in ("features", "logits", "vqkd"):
-        torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(result[name]), torch.tensor(expected[name]), rtol=1e-4, atol=1e-5)
     images, tokenizer = list_images("images"), load_tokenizer(Path("tokenizer"))
     store = TokenStore.open(Path("tokens"), images, tokenizer.hash)
     pixels = torch.stack([images.open(row, 1).read() for row in range(len(images))])
@@ -48,7 +48,7 @@ def test_all_is_read_as_it_was(files):
 
 
 @pytest.mark.parametrize("files", VERSIONS, indirect=True)
-def test_a_run_goes_on(files):
+def test_a_run_resumes(files):
     expected = json.loads((files / "expected.json").read_text())["losses"]
     mapet.pretrain(**write.PRETRAIN, resume=True)
     losses = [json.loads(line)["loss"] for line in (files / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -65,7 +65,7 @@ def test_this_version_has_files_or_is_not_released():
 # ---- of a newer version
 
 
-def newer(path):
+def raise_format(path):
     sealed = "checksum" in json.loads(path.read_text())
     key = "schema_version" if path.name == "run.json" else "format_version"
     content = read_checksummed_json(path, "file") if sealed else json.loads(path.read_text())
@@ -87,16 +87,13 @@ OPEN = {
 
 @pytest.mark.parametrize("file", OPEN)
 def test_newer_ones_are_refused(file, files):
-    newer(files / file)
-    with pytest.raises(NewerFormatError) as error:
+    raise_format(files / file)
+    with refused("99", f"mapet {mapet.__version__}", kind=NewerFormatError):
         OPEN[file]()
-    message = str(error.value)
-    assert "made by a newer mapet" in message and "of format 99" in message and "\n" not in message
-    assert f"mapet {mapet.__version__} reads formats up to" in message
 
 
 def test_a_newer_checkpoint_is_not_passed_over_for_an_older_one(files):
-    """As a damaged one is: the newer version's work would be lost."""
+    """A newer checkpoint is not skipped: its steps would be lost."""
     last = files / "run" / "checkpoints" / "step-00000003"
     shutil.copytree(last.with_name("step-00000002"), last)
     write_checksummed_json(
@@ -117,7 +114,7 @@ def test_newer_bundles_of_steps(tmp_path):
 
 @pytest.mark.parametrize("number", [None, "1", True, 0, 1.5])
 def test_what_is_no_number_of_a_format(number):
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ValueError, match=str(number)):
         check_format(number, 1, "thing", Path("place"))
 
 

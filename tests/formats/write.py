@@ -102,7 +102,7 @@ def images_of(source: str, row: int) -> list[int]:
 
 @torch.no_grad()
 def logits(backbone: Path, checkpoint: Path) -> list[float]:
-    """The words' logits of the first patch, by the backbone and the checkpoint's head."""
+    """Token logits of the first patch, by the backbone and the checkpoint's head."""
     weights = load_file(checkpoint)
     patches = load_backbone(backbone).eval().forward_features(fixed_image())[0, 1:]
     return (patches[0] @ weights["head.weight"].T + weights["head.bias"]).tolist()

@@ -23,7 +23,7 @@ from tests.fuzz.mutate import mutations
 FORMATS = ["JPEG", "progressive", "PNG", "palette", "TIFF", "WebP", "GIF", "BMP", "npy"]
 
 
-def encoded(kind: str) -> tuple[str, bytes]:
+def encode(kind: str) -> tuple[str, bytes]:
     """(ending, bytes) of a photo of 40 x 30."""
     from sklearn.datasets import load_sample_image
 
@@ -45,16 +45,16 @@ if __name__ == "__main__":
     outcomes: dict[str, Counter[str]] = {}
     slowest = 0.0
     for kind in FORMATS:
-        ending, data = encoded(kind)
+        ending, data = encode(kind)
         tally = outcomes[kind] = Counter()
         for number, changed in enumerate(mutations(data, count, seed=len(kind))):
             file = folder / f"{number}{ending}"
             file.write_bytes(changed)
             started = time.monotonic()
             try:
-                picture = open_image(file)
-                height, width = picture.size
-                pixels = picture.read(Box(0, 0, height, width), min_size=(8, 8))
+                opened = open_image(file)
+                height, width = opened.size
+                pixels = opened.read(Box(0, 0, height, width), min_size=(8, 8))
                 assert pixels.shape[0] == 3 and str(pixels.dtype) == "torch.uint8"
                 tally["read"] += 1
             except ImageDecodeError as error:

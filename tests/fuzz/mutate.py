@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 
-WORDS = [
+VALUES = [
     b"\x00", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"-1", b"1e999", b"NaN", b"Infinity", b"null", b"true",
     b"9" * 30, b"{", b"}", b"[" * 200, b'"', b"'", b",", b":", b"\n", b"\r\n", b"\t", b"../../", b"/etc/passwd", b"\xed\xa0\x80",
     b"&a", b"*a", b"<<: *a", b"!!python/object/apply:os.system", b"%s%n", b"\\u0000",
@@ -26,11 +26,11 @@ def _changed(data: bytearray, rng: random.Random) -> bytearray:
     # Headers are short and decide most: half of the changes fall into the first 300 bytes.
     if rng.random() < 0.5:
         at = min(at, rng.randrange(301))
-    kind = rng.choice(["flip", "byte", "cut", "drop", "word", "over", "double", "swap", "zeros"])
+    kind = rng.choice(["flip", "byte", "cut", "drop", "insert", "over", "double", "swap", "zeros"])
     if kind == "cut":
         return data[:at]
-    if kind == "word":
-        return data[:at] + rng.choice(WORDS) + data[at:]
+    if kind == "insert":
+        return data[:at] + rng.choice(VALUES) + data[at:]
     if not size:
         return data
     at = min(at, size - 1)
@@ -40,8 +40,8 @@ def _changed(data: bytearray, rng: random.Random) -> bytearray:
     elif kind == "byte":
         data[at] = rng.randrange(256)
     elif kind == "over":
-        word = rng.choice(WORDS)[: size - at]
-        data[at : at + len(word)] = word
+        value = rng.choice(VALUES)[: size - at]
+        data[at : at + len(value)] = value
     elif kind == "drop":
         del data[at:end]
     elif kind == "double":

@@ -73,13 +73,13 @@ class Target(NamedTuple):
     strict: bool = True
 
 
-def same(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor | np.ndarray):
         return a.shape == b.shape and bool((a == b).all())
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(is_same, a, b))
     return bool(a == b)
 
 
@@ -163,16 +163,16 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
     subset.write_text("\n".join(few_digits.read_text().splitlines()[:12]) + "\n")
     mapet.prepare(images=subset, out=prepared, short_side=8)
 
-    def copied(source: Path) -> Callable[[Path], None]:
+    def copy_from(source: Path) -> Callable[[Path], None]:
         return lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True) and None
 
     def codebook(folder: Path, _: Any) -> Any:
         tokenizer = load_tokenizer(folder)
         return tokenizer.description, dict(tokenizer.quantizer.state_dict())
 
-    def pictures(folder: Path, _: Any) -> Any:
-        found = list_images(folder)
-        return [found.ids[i] for i in range(len(found))], [found.open(i, 1).size for i in range(len(found))]
+    def ids_and_sizes(folder: Path, _: Any) -> Any:
+        actual = list_images(folder)
+        return [actual.ids[i] for i in range(len(actual))], [actual.open(i, 1).size for i in range(len(actual))]
 
     def backbone(folder: Path, _: Any) -> list[str]:
         return sorted(load_backbone(folder).state_dict())
@@ -184,12 +184,12 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         "weights (zip)": Target(make_zip, read_named, strict=False),
         "weights (legacy)": Target(make_legacy, read_named, strict=False),
         "k-means state": Target(make_state, read_state, strict=False),
-        "codebook": Target(copied(tokenizer_dir), codebook),
+        "codebook": Target(copy_from(tokenizer_dir), codebook),
         "token store": Target(
-            copied(tokens_dir), lambda folder, _: all_rows(TokenStore.open(folder, images)) if folder else None
+            copy_from(tokens_dir), lambda folder, _: all_rows(TokenStore.open(folder, images)) if folder else None
         ),
-        "prepared": Target(copied(prepared), pictures, strict=False),
-        "backbone": Target(copied(run_dir / "backbone"), backbone, strict=False),
+        "prepared": Target(copy_from(prepared), ids_and_sizes, strict=False),
+        "backbone": Target(copy_from(run_dir / "backbone"), backbone, strict=False),
     }
 
 
@@ -219,8 +219,8 @@ def attack(name: str, target: Target, folder: Path, count: int) -> None:
                 assert str(error) and len(str(error)) < 3000
                 tally["error"] += 1
             else:
-                tally["same" if same(content, right) else "other"] += 1
-                assert not target.strict or same(content, right), f"{file.name} was misread"
+                tally["same" if is_same(content, right) else "other"] += 1
+                assert not target.strict or is_same(content, right), f"{file.name} was misread"
         file.write_bytes(data)
 
 
@@ -230,7 +230,7 @@ def test_mutations(name, targets, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_never_another_one(targets, tmp_path):
-    """Whatever happens to the newest, what is loaded is it or the one before, to the bit."""
+    """Whatever happens to the newest, what is loaded is it or the one before, bit-exact."""
     folder = tmp_path / "c"
     folder.mkdir()
     make_checkpoints(folder)
@@ -239,8 +239,8 @@ def test_a_damaged_checkpoint_is_never_another_one(targets, tmp_path):
         data = file.read_bytes()
         for changed in mutations(data, 25, seed=len(file.name)):
             file.write_bytes(changed)
-            found = read_checkpoints(folder, None)
-            assert same(found, newest) or found[0] == 1
+            actual = read_checkpoints(folder, None)
+            assert is_same(actual, newest) or actual[0] == 1
         file.write_bytes(data)
 
 
@@ -260,14 +260,14 @@ def test_decoders(count, tmp_path):
         cwd=ROOT, capture_output=True, text=True, timeout=580,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert all(sum(tally.values()) == count for tally in found["outcomes"].values())
-    assert found["slowest"] < SECONDS and found["peak"] < 5 << 30  # 179 million pixels, a few times over
-    print(f"\n{found}")
+    actual = json.loads(result.stdout.splitlines()[-1])
+    assert all(sum(tally.values()) == count for tally in actual["outcomes"].values())
+    assert actual["slowest"] < SECONDS and actual["peak"] < 5 << 30  # 179 million pixels, a few times over
+    print(f"\n{actual}")
 
 
 def test_a_pickle_may_not_number_its_memo_beyond_its_length(tmp_path):
-    """C's unpickler would take the memory for all numbers up to the one it is told: 32 GB for these five bytes."""
+    """C's unpickler would take the memory for all numbers up to the one in the file: 32 GB for these five bytes."""
     magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
     (tmp_path / "weights.pth").write_bytes(magic + b"\x80\x02K\x01r\x00\x00\x00\x80.")
     with at_most(SECONDS), refused("weights"):
@@ -296,10 +296,10 @@ def test_any_value_of_any_option(values):
     st.lists(st.text(max_size=12) | st.sampled_from(["--images", "--epochs", "--out", "-1", "a.yaml", "--model-args"]))
 )
 @settings(max_examples=60, deadline=None)
-def test_any_words(words):
+def test_any_arguments(args):
     """Exit code 2 and a line, or help; nothing runs without images."""
     try:
-        assert main(["pretrain", *words]) == 2
+        assert main(["pretrain", *args]) == 2
     except SystemExit as stop:
         assert stop.code == 0
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_twenty_crash_points():
-    """Seven each of the stages that failed here before; the same ones each time."""
+    """Seven fixed points each of the commands that failed before."""
     result = subprocess.run(
         [sys.executable, "-m", "tests.crash_points", "--sample", "7", "prepare", "fit-tokenizer", "tokenize"], capture_output=True, text=True,
         cwd=ROOT, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"},

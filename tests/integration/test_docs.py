@@ -34,23 +34,23 @@ OTHERS_NEED = {
 
 def commands() -> list[str]:
     texts = [path.read_text() for path in TEXTS] + [function.__doc__ for function in COMMANDS.values()]
-    found = [line for text in texts for line in re.findall(r"^[#\s$]*(mapet [a-z-]+(?: .*)?)$", text, flags=re.M)]
-    return [line for line in dict.fromkeys(found) if line.split()[1] in COMMANDS]
+    result = [line for text in texts for line in re.findall(r"^[#\s$]*(mapet [a-z-]+(?: .*)?)$", text, flags=re.M)]
+    return [line for line in dict.fromkeys(result) if line.split()[1] in COMMANDS]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
-    """Each command's options build a config; the stage itself is replaced."""
-    _, name, *words = shlex.split(command, comments=True)
-    if words and words[0].endswith(".yaml") and not (ROOT / words[0]).exists():  # a recipe of the reader's
+    """Each command's options build a config; the command itself is replaced."""
+    _, name, *args = shlex.split(command, comments=True)
+    if args and args[0].endswith(".yaml") and not (ROOT / args[0]).exists():  # a recipe of the reader's
         (tmp_path / "own.yaml").write_text(f"{{images: a, out: b{OTHERS_NEED.get(name, '')}}}")
-        words[0] = str(tmp_path / "own.yaml")
+        args[0] = str(tmp_path / "own.yaml")
     monkeypatch.chdir(ROOT)
-    assert understood(name, words, monkeypatch) is not None
+    assert parse_command(name, args, monkeypatch) is not None
 
 
-def understood(name, words, monkeypatch):
-    """The config that the words after `mapet NAME` build, without running the stage."""
+def parse_command(name, args, monkeypatch):
+    """Return the config that the arguments after `mapet NAME` build, without running the command."""
     seen = []
 
     def stand_in(config):
@@ -59,7 +59,7 @@ def understood(name, words, monkeypatch):
     stand_in.config_type = COMMANDS[name].config_type
     stand_in.__doc__ = COMMANDS[name].__doc__
     monkeypatch.setitem(COMMANDS, name, stand_in)
-    cli.run_command(name, words)
+    cli.run_command(name, args)
     [config] = seen
     return config
 
@@ -70,10 +70,10 @@ SMALL = {
     "finetune": "--epochs 1 --labels-per-class 4",
     "evaluate": "--protocols knn",
 }
-"""What the README's sizes are replaced by, so that its commands are quick on 8 x 8 digits."""
+"""Options that replace those of the README, for 8 x 8 digits."""
 
 
-def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog):
+def test_the_readme_s_commands_run_in_order(digits, tmp_path, monkeypatch, caplog):
     """Every command of the list, one after the other, on what those before it made; the page in a browser is omitted."""
     (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
     monkeypatch.chdir(tmp_path)
@@ -81,13 +81,13 @@ def test_the_readme_s_stages_run_in_order(digits, tmp_path, monkeypatch, caplog)
     Path("LABELED").symlink_to(digits)
     ran = []
     for line in block.splitlines():
-        _, name, *words = shlex.split(line, comments=True)
+        _, name, *args = shlex.split(line, comments=True)
         if name == "export" and importlib.util.find_spec("onnxscript") is None:
-            words = words[: words.index("--format")]
-        own_recipe = words[0].endswith(".yaml")
-        if "--serve" not in words:
+            args = args[: args.index("--format")]
+        own_recipe = args[0].endswith(".yaml")
+        if "--serve" not in args:
             ran.append(name)
-            cli.run_command(name, [*words, *([] if own_recipe else SMALL.get(name, "").split())])
+            cli.run_command(name, [*args, *([] if own_recipe else SMALL.get(name, "").split())])
     assert ran == [
         "fit-tokenizer", "tokenize", "pretrain", "pretrain", "evaluate", "evaluate", "finetune",
         "predict", "search", "inspect-tokenizer", "report", "report", "export",
@@ -141,7 +141,7 @@ def test_objectives_page_names_every_objective_and_its_cost():
         assert float(row.split("|")[-2]) == pytest.approx(cost / costs["mim"], abs=0.006), name
 
 
-def test_every_stage_is_in_the_readme_and_the_api():
+def test_every_command_is_in_the_readme_and_the_api():
     readme = (ROOT / "README.md").read_text()
     for name in COMMANDS:
         assert f"`{name}`" in readme

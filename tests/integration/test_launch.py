@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_never_lost import metrics, options, wait_for, words  # noqa: F401
+from tests.integration.test_never_lost import metrics, options, to_argv, wait_for  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
@@ -45,7 +45,7 @@ LAUNCH = {"ssh": ["launch/ssh.sh", "one,two"], "slurm": ["launch/slurm.sbatch"]}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAUNCH)
 def test_a_run_to_its_end(name, options, environment):  # noqa: F811
-    result = subprocess.run([*LAUNCH[name], *words(options), "--resume"], env=environment, cwd=ROOT, timeout=300)
+    result = subprocess.run([*LAUNCH[name], *to_argv(options), "--resume"], env=environment, cwd=ROOT, timeout=300)
     assert result.returncode == 0
     assert [row["step"] for row in metrics(options["out"])] == [3, 6] and (options["out"] / "backbone").exists()
     assert not Path(environment["SEEN"]).exists()
@@ -55,7 +55,7 @@ def test_a_run_to_its_end(name, options, environment):  # noqa: F811
 @pytest.mark.parametrize(("name", "number"), [("ssh", signal.SIGINT), ("slurm", signal.SIGUSR1)])
 def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noqa: F811
     options |= {"epochs": 2000, "log_interval": 1}
-    process = subprocess.Popen([*LAUNCH[name], *words(options), "--resume"], env=environment, cwd=ROOT)
+    process = subprocess.Popen([*LAUNCH[name], *to_argv(options), "--resume"], env=environment, cwd=ROOT)
     wait_for(lambda: (options["out"] / "metrics.jsonl").exists() and len(metrics(options["out"])) > 3)
     process.send_signal(number)
     started = time.monotonic()
@@ -67,10 +67,10 @@ def test_a_signal_saves_on_all_nodes(name, number, options, environment):  # noq
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_saves(options):  # noqa: F811
-    """The terminal tells all processes, and torchrun tells its own once more: that is still one request."""
+    """The terminal signals all processes, and torchrun repeats it to its own: that counts as one request."""
     options |= {"epochs": 2000, "log_interval": 1}
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *words(options)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mapet", *to_argv(options)],
         stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     wait_for(lambda: (options["out"] / "metrics.jsonl").exists() and len(metrics(options["out"])) > 3)

@@ -28,8 +28,8 @@ def pins(file):
 
 def required(*extras):
     """Requirements of the package and of extras, without those of mapet itself."""
-    words = [*PROJECT["dependencies"], *(word for extra in extras for word in EXTRAS[extra])]
-    return [found for found in map(Requirement, words) if found.name != "mapet"]
+    args = [*PROJECT["dependencies"], *(arg for extra in extras for arg in EXTRAS[extra])]
+    return [requirement for requirement in map(Requirement, args) if requirement.name != "mapet"]
 
 
 def lowest(requirement):
@@ -69,9 +69,9 @@ def test_readme_shows_every_extra():
 # ---- as it is published
 
 
-def call(*words, cwd, **environment):
+def call(*args, cwd, **environment):
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=clean | environment, timeout=500)
+    result = subprocess.run(args, capture_output=True, text=True, cwd=cwd, env=clean | environment, timeout=500)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

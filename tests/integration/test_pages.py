@@ -16,9 +16,10 @@ import yaml
 from markdown.extensions.toc import slugify
 
 import mapet
+from mapet.cli import create_parser
 from mapet.commands import COMMANDS
 from mapet.models.export_formats import FORMATS
-from tests.integration.test_docs import ROOT, understood
+from tests.integration.test_docs import ROOT, parse_command
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -30,9 +31,9 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.S | re.M)
 
 
-def every(language: str) -> list:
-    found = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language), 1)]
-    return [pytest.param(page, text, id=f"{page.stem}-{number}") for page, number, text in found]
+def parametrize_blocks(language: str) -> list:
+    result = [(page, number, text) for page in PAGES for number, text in enumerate(blocks(page, language), 1)]
+    return [pytest.param(page, text, id=f"{page.stem}-{number}") for page, number, text in result]
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +61,7 @@ def place(run_dir, tokenizer_dir, digits, products, tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(("page", "code"), every("python"))
+@pytest.mark.parametrize(("page", "code"), parametrize_blocks("python"))
 def test_python_runs(page, code, place):
     """Each block alone, as a reader would paste it."""
     imported = {name.split(".")[0] for name in re.findall(r"^(?:from|import) ([\w.]+)", code, flags=re.M)}
@@ -69,16 +70,16 @@ def test_python_runs(page, code, place):
     exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("page", "text"), every("yaml"))
+@pytest.mark.parametrize(("page", "text"), parametrize_blocks("yaml"))
 def test_yaml_is_a_recipe(page, text, tmp_path, monkeypatch):
     """Its first line names it and its command, which takes it."""
     match = re.match(r"# (\S+\.yaml), for `mapet (.*)`\n", text)
-    assert match, f"{page.name}: begin it with: # NAME.yaml, for `mapet STAGE NAME.yaml ...`"
+    assert match, f"{page.name}: begin it with: # NAME.yaml, for `mapet COMMAND NAME.yaml ...`"
     (tmp_path / match[1]).write_text(text)
-    name, *words = shlex.split(match[2])
+    name, *args = shlex.split(match[2])
     monkeypatch.chdir(tmp_path)
-    given = {"run": ["--images", "PHOTOS", "--out", "OUT"]}.get(name, []) if "--images" not in words else []
-    assert understood(name, words + given, monkeypatch)
+    given = {"run": ["--images", "PHOTOS", "--out", "OUT"]}.get(name, []) if "--images" not in args else []
+    assert parse_command(name, args + given, monkeypatch)
 
 
 def test_only_known_blocks():
@@ -118,7 +119,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(to), target
 
 
-def test_every_recipe_extra_and_stage_has_its_place():
+def test_every_recipe_extra_and_command_has_its_place():
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert re.search(rf"^\| `{recipe.name}` \|", (DOCS / "recipes.md").read_text(), flags=re.M), recipe.name
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -126,9 +127,30 @@ def test_every_recipe_extra_and_stage_has_its_place():
     for extra in project["optional-dependencies"]:
         assert f"| `{extra}` |" in install, extra
     api = (DOCS / "api.md").read_text()
-    for stage in COMMANDS.values():
-        for documented in (stage, stage.config_type):
+    for command in COMMANDS.values():
+        for documented in (command, command.config_type):
             assert f"::: {documented.__module__}.{documented.__name__}\n" in api
+
+
+def flags_of(command) -> set[str]:
+    return {flag for action in create_parser(command)._actions for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_options_in_prose_exist(page):
+    """Each option at the start of inline code is one of a command, or a field of a config: `--mask-ratio 0.5`, `--pretrain.epochs 10`."""
+    others = {"--help", "--help-all", "--rdzv-endpoint"}
+    known = others.union(*map(flags_of, COMMANDS.values()))
+    for name in re.findall(r"`(--[a-z][\w.-]*)", page.read_text()):
+        assert name in known, name
+
+
+def test_recipes_page_names_options_without_a_flag():
+    page = (DOCS / "recipes.md").read_text()
+    sections = {"fit_tokenizer", "tokenize", "pretrain", "finetune"}
+    for command in COMMANDS.values():
+        for name in command.config_type.model_fields.keys() - sections:
+            assert f"--{name.replace('_', '-')}" in flags_of(command) or f"`{name}`" in page, name
 
 
 def test_export_page_has_every_format():
@@ -185,20 +207,20 @@ def test_messages_of_troubleshooting_are_in_the_source():
 def test_figures_of_concepts_show_what_each_objective_attends_to():
     """The panels of docs/figures.py against the method, and each figure of the page is drawn by it."""
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
-    p = pictures.PREDICTED
-    for rank in pictures.SHOWN:
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    p = figures.PREDICTED
+    for rank in figures.SHOWN:
         before, after = [j < rank for j in range(p)], [j >= rank for j in range(p)]
-        wanted = {
+        expected = {
             "mim": {"mask": [True] * p},
             "pim": {"target": before},
             "mapet": {"target": before, "mask": after},
         }
-        for objective in (pictures.MIM, pictures.PIM, pictures.MAPET):
-            seen = {segment: rows.tolist() for segment, rows in pictures.attended_patches(objective, rank).items()}
-            assert seen.pop("context") == [True] * (1 + pictures.CONTEXT)
-            assert seen == wanted[objective.name], (objective.name, rank)
+        for objective in (figures.MIM, figures.PIM, figures.MAPET):
+            seen = {segment: rows.tolist() for segment, rows in figures.attended_patches(objective, rank).items()}
+            assert seen.pop("context") == [True] * (1 + figures.CONTEXT)
+            assert seen == expected[objective.name], (objective.name, rank)
     source = (DOCS / "figures.py").read_text()
     for name in re.findall(r"\(images/([\w-]+)\.png\)", (DOCS / "concepts.md").read_text()):
-        assert name in source or name.removeprefix("attention-mask-") in wanted
+        assert name in source or name.removeprefix("attention-mask-") in expected

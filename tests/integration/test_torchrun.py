@@ -58,11 +58,11 @@ def run_command(digits, few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path
             mapet.finetune(backbone=run_dir, images=digits / "train", out=paths["TUNED"], labels_per_class=2, epochs=1)
         out = tmp_path / (str(ranks) + {"report": ".html", "predict": ".csv"}.get(name, ""))
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-        words = [str(paths.get(word, word)) for word in shlex.split(ARGUMENTS[name])]
+        args = [str(paths.get(arg, arg)) for arg in shlex.split(ARGUMENTS[name])]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         start = time.monotonic()
         result = subprocess.run(
-            [sys.executable, *launch, "-m", "mapet", name, *words, "--out", str(out)], capture_output=True, text=True,
+            [sys.executable, *launch, "-m", "mapet", name, *args, "--out", str(out)], capture_output=True, text=True,
             timeout=900, env=environment,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -72,7 +72,7 @@ def run_command(digits, few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path
 
 
 def numbers(value: object) -> dict[str, object]:
-    """Flatten the numbers, texts and sizes of lists in JSON, but those of time and place."""
+    """Flatten the numbers, texts and sizes of lists in JSON, without times and paths."""
     if not isinstance(value, (dict, list)):
         return {"": value}
     items = value.items() if isinstance(value, dict) else enumerate(value)

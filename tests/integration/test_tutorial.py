@@ -1,6 +1,7 @@
 """The long ones: the tutorial from its first line to its last, the notebooks, the site."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -62,7 +63,7 @@ def test_the_tutorial_reader_can_fail():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_stored_with_its_outputs(path):
-    """Run from top to bottom without an error, with pictures, and small."""
+    """Run from top to bottom without an error, with figures, and small."""
     assert path.stat().st_size < MOST_BYTES
     cells = json.loads(path.read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -71,8 +72,10 @@ def test_notebook_is_stored_with_its_outputs(path):
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 1
     assert sum(cell["cell_type"] == "markdown" for cell in cells) >= 5
-    for cell in code:
-        ast.parse("".join(cell["source"]))
+    for statement in (node for cell in code for node in ast.walk(ast.parse("".join(cell["source"])))):
+        if isinstance(statement, ast.ImportFrom) and (statement.module or "").startswith("mapet"):
+            module = importlib.import_module(statement.module)
+            assert all(hasattr(module, name.name) for name in statement.names), ast.unparse(statement)
     assert "/home/" not in path.read_text() and "/work/" not in path.read_text()
 
 

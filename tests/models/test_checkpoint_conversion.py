@@ -18,7 +18,7 @@ from mapet.cli import main
 from mapet.data.views import input_mean_std
 from mapet.errors import MapetError
 from mapet.models.backbone import create_vit, init_from, load_backbone, save_backbone
-from tests.refused import refused
+from tests.refused import fails, refused
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -36,7 +36,7 @@ def images(size=(16, 16), channels=3, count=2):
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(2))
 
 
-def same(a, b, tolerance=1e-5):
+def is_close(a, b, tolerance=1e-5):
     return ((a - b).abs().max() / b.std()).item() < tolerance
 
 
@@ -53,7 +53,7 @@ def split(weights, names):
 
 
 def released(vit):
-    """The authors' files: a training pickle of timm's, q and kv apart, a mask token, a head of words."""
+    """The authors' files: a training pickle of timm's, q and kv apart, a mask token, a token head."""
     weights = split(vit.state_dict(), {"q": 1, "kv": 2})
     more = {"mask_token": torch.zeros(1, 1, 32), "head.weight": torch.zeros(64, 32), "head.bias": torch.zeros(64)}
     return {"epoch": 299, "arch": "vit_tiny", "args": argparse.Namespace(lr=1.5e-3), "state_dict": weights | more}
@@ -130,10 +130,10 @@ def test_dinov2_with_registers(tmp_path):
     weights["register_tokens"] = weights.pop("reg_token")
     torch.save(weights | {"mask_token": torch.zeros(1, 32)}, tmp_path / "dinov2.pth")
     loaded = load_backbone(tmp_path / "dinov2.pth", num_heads=2).eval()
-    assert same(loaded.forward_features(images()), vit.forward_features(images()))
+    assert is_close(loaded.forward_features(images()), vit.forward_features(images()))
     start = vit_of(init_values=0.1, reg_tokens=4)  # a ViT whose registers have positions
     init_from(start, tmp_path / "dinov2.pth")
-    assert same(start.forward_features(images()), vit.forward_features(images()))
+    assert is_close(start.forward_features(images()), vit.forward_features(images()))
 
 
 def published_beit(positions):
@@ -153,7 +153,7 @@ def test_beit_with_absolute_positions_is_the_same_function(tmp_path):
     beit, file = published_beit(positions=True)
     torch.save(file, tmp_path / "beit.pth")
     loaded = load_backbone(tmp_path / "beit.pth", num_heads=2).eval()
-    assert same(loaded.forward_features(images()), beit.forward_features(images()))
+    assert is_close(loaded.forward_features(images()), beit.forward_features(images()))
 
 
 def test_beit_with_relative_positions_is_refused_and_can_be_started_from(tmp_path, caplog):
@@ -185,8 +185,8 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
             )
         )  # fmt: skip
         beit.save_pretrained(source)
-        told = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
-        (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(told))
+        preprocessor = {"image_mean": stats["mean"], "image_std": stats["std"], "do_normalize": True}
+        (tmp_path / "beit" / "preprocessor_config.json").write_text(json.dumps(preprocessor))
         weights = load_file(tmp_path / "beit" / "model.safetensors")  # modules are named otherwise in every version
         names = ("lambda_2", "intermediate.dense.weight", "attention.attention.key.weight")
         scale, linear, projection = (weights[f"encoder.layer.1.{name}"] for name in names)
@@ -211,7 +211,7 @@ def test_beit_as_others_keep_it_can_be_started_from(kind, tmp_path, monkeypatch,
     assert not vit.blocks[1].attn.qkv.bias[32:64].any()  # keys have none
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images().sigmoid()
-    assert same(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
+    assert is_close(vit.patch_embed((pixels - mean) / std), patches((pixels - 0.5) / 0.5).flatten(2).mT)
     assert "has relative position bias" in caplog.text
     with refused("--init-from"):
         load_backbone(source)
@@ -236,11 +236,11 @@ def test_another_normalization_goes_into_the_patch_embedding(pre_norm, tmp_path)
         return (pixels - torch.tensor(stats[0]).view(-1, 1, 1)) / torch.tensor(stats[1]).view(-1, 1, 1)
 
     loaded = load_backbone(tmp_path / "vit").eval()
-    assert same(loaded.forward_features(normal(input_mean_std(3))), vit.forward_features(normal((mean, std))))
+    assert is_close(loaded.forward_features(normal(input_mean_std(3))), vit.forward_features(normal((mean, std))))
 
 
 @pytest.mark.parametrize("stats", [([0.5, 0.4, 0.3], [0.5, 0.6, 0.2]), input_mean_std(3)])
-def test_one_channel_sees_what_rgb_saw_of_gray_pictures(stats, tmp_path):
+def test_one_channel_equals_rgb_on_gray_images(stats, tmp_path):
     vit = create_vit("vit_tiny_patch16_224", (16, 16), 4, model_args=TINY).eval()
     save_timm_folder(vit, tmp_path / "vit", *map(list, stats))
     gray = images(channels=1).sigmoid()
@@ -248,7 +248,7 @@ def test_one_channel_sees_what_rgb_saw_of_gray_pictures(stats, tmp_path):
     of_rgb = vit.forward_features((gray.expand(-1, 3, -1, -1) - mean) / std)
     for channels in (1, 6):  # six equal bands: three times the mean of two
         loaded = load_backbone(tmp_path / "vit", in_chans=channels).eval()
-        assert same(loaded.forward_features((gray.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
+        assert is_close(loaded.forward_features((gray.expand(-1, channels, -1, -1) - 0.5) / 0.25), of_rgb)
 
 
 @pytest.mark.parametrize(("size", "patch"), [((24, 40), 4), ((16, 16), 8), ((20, 30), 5)])
@@ -280,15 +280,15 @@ def test_positions_that_tell_no_grid(tmp_path):
 def test_layer_scale_comes_and_goes_without_a_change(tmp_path, caplog):
     caplog.set_level(logging.INFO, "mapet")
     without, scaled = vit_of(), vit_of(init_values=0.3)
-    for vit, other, said in (
+    for vit, other, warning in (
         (without, scaled, "LayerScale starts at 1"),
         (scaled, without, "multiplied into the layers"),
     ):
         torch.save(vit.state_dict(), tmp_path / "vit.pth")
         start = vit_of(init_values=0.1) if other is scaled else vit_of()
         init_from(start, tmp_path / "vit.pth")
-        assert same(start.forward_features(images()), vit.forward_features(images()))
-        assert said in caplog.text
+        assert is_close(start.forward_features(images()), vit.forward_features(images()))
+        assert warning in caplog.text
 
 
 def test_tokens_come_and_go(tmp_path, caplog):
@@ -307,17 +307,17 @@ def test_tokens_come_and_go(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "named"),
     [
-        ({"embed_dim": 64}, r"\(width 32, depth 2\) don't fit this ViT: .*of another shape: blocks"),
-        ({"depth": 3}, r"don't fit this ViT: missing: blocks\.2\.attn\.proj\.bias.* and \d+ more"),
-        ({"depth": 1}, r"don't fit this ViT: unexpected: blocks\.1\."),
-        ({"mlp_ratio": 2}, r"of another shape: blocks\.0\.mlp\.fc1"),
+        ({"embed_dim": 64}, ["width 32", "depth 2", "blocks.0."]),
+        ({"depth": 3}, ["blocks.2.attn.proj.bias"]),
+        ({"depth": 1}, ["blocks.1."]),
+        ({"mlp_ratio": 2}, ["blocks.0.mlp.fc1"]),
     ],
 )
-def test_another_network(change, reason, tmp_path):
+def test_another_network(change, named, tmp_path):
     torch.save(vit_of().state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(MapetError, match=reason):
+    with refused(*named):
         init_from(vit_of(**change), tmp_path / "vit.pth")
 
 
@@ -392,7 +392,7 @@ def test_timm_names(monkeypatch):
     our_mean, our_std = (torch.tensor(values).view(-1, 1, 1) for values in input_mean_std(3))
     pixels = images((160, 160)).sigmoid()
     ours, timms = (pixels - our_mean) / our_std, (pixels - mean) / std
-    assert same(loaded.forward_features(ours), vit.forward_features(timms))
+    assert is_close(loaded.forward_features(ours), vit.forward_features(timms))
     assert load_backbone("timm:test_vit", img_size=(64, 32)).patch_embed.grid_size == (4, 2)
 
 
@@ -420,10 +420,10 @@ def test_hugging_face_folders(kind, tmp_path):
     with torch.no_grad():
         base = model.vit if kind == "classifier" else model
         expected = base((pixels - 0.5) / 0.5).last_hidden_state
-        assert same(load_backbone(tmp_path / "vit").eval().forward_features((pixels - mean) / std), expected)
+        assert is_close(load_backbone(tmp_path / "vit").eval().forward_features((pixels - mean) / std), expected)
 
 
-def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
+def test_pretraining_starts_from_a_released_file(few_digits, tokenizer_dir, tokens_dir, tmp_path, caplog):
     """RGB at another grid, without LayerScale, into a run on gray digits."""
     from tests.conftest import PRETRAIN
 
@@ -438,10 +438,10 @@ def test_pretraining_goes_on_from_a_released_file(few_digits, tokenizer_dir, tok
     expected = load_backbone(
         tmp_path / "vit_standard_tiny.tar", num_heads=2, img_size=(8, 8), patch_size=2, in_chans=1
     ).eval()
-    assert same(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
-    for words in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
+    assert is_close(trained.forward_features(images((8, 8), 1)), expected.forward_features(images((8, 8), 1)))
+    for warning in ("adapted from 3 to 1 channels", "resampled from 4 x 4 to 2 x 2 px", "from 3 x 3 to 4 x 4 patches",
                   "LayerScale starts at 1", "no part of the encoder: head, mask_token"):  # fmt: skip
-        assert words in caplog.text
+        assert warning in caplog.text
 
 
 def test_eps_of_a_folder_is_kept_in_the_function(tmp_path):
@@ -463,18 +463,18 @@ def test_a_classifier_that_is_asked_for_is_fresh(tmp_path):
     assert load_backbone(tmp_path / "vit", num_classes=0).num_classes == 0
 
 
-def test_stages_take_what_a_file_doesn_t_tell(digits, tmp_path, capsys):
+def test_commands_take_what_a_file_doesn_t_have(digits, tmp_path, capsys):
     """A width that no published ViT has: the number of heads is to be given."""
     file = tmp_path / "weights.pth"
     torch.save(vit_of((8, 8), channels=1).state_dict(), file)
     common = ["--images", str(digits / "test"), "--device", "cpu"]
-    for stage, *more in (
+    for command, *more in (
         ["finetune", "--labels-per-class", "2", "--epochs", "1"],
         ["evaluate", "--protocols", "knn"],
     ):
-        argv = [stage, "--backbone", str(file), *common, *more]
-        assert main(argv) == 2 and "give it to `mapet export` as --model-args num_heads=N" in capsys.readouterr().err
-        folder = tmp_path / stage
+        argv = [command, "--backbone", str(file), *common, *more]
+        fails(capsys, *argv, named=["`mapet export`", "--model-args num_heads=N"])
+        folder = tmp_path / command
         assert main(["export", "--backbone", str(file), "--out", str(folder), "--model-args", "num_heads=2"]) == 0
         argv[2] = str(folder)
         assert main(argv) == 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from mapet.models.backbone import create_vit
 from mapet.models.context_autoencoder import ContextAutoencoder
-from tests.models.test_objectives_reference import GRID, HEADS, PATCH, N, draw, make
+from tests.models.test_objectives_reference import GRID, HEADS, PATCH, N, draw_batch, make
 from tests.refused import refused
 
 WIDTH = 16
@@ -34,34 +34,34 @@ def attention(module, q, k, v):
     return module.proj((weights.softmax(3) @ split(v @ wv.T + bv)).transpose(1, 2).flatten(2))
 
 
-def definition(model, batch, c, kept):
-    """Logits of hidden patches and the loss; `kept(i, branch)` is the (B, 1, 1) factor of a branch of block i, in the order they run."""
+def definition(model, batch, c, drop_path_scale):
+    """Return logits of masked patches and the loss; `drop_path_scale(i, branch)` is the (B, 1, 1) factor of a branch of block i."""
     vit, hidden, count = model.vit, batch.permutation[:, c:], iter(range(100))
     position = sine_cosine_positions()
 
     def encoder_block(block, x):
         i, normal = next(count), block.norm1(x)
-        x = x + kept(i, 0) * block.ls1(attention(block.attn, normal, normal, normal))
-        return x + kept(i, 1) * block.ls2(block.mlp(block.norm2(x)))
+        x = x + drop_path_scale(i, 0) * block.ls1(attention(block.attn, normal, normal, normal))
+        return x + drop_path_scale(i, 1) * block.ls2(block.mlp(block.norm2(x)))
 
     def encoder(chosen):
         x = vit._pos_embed(vit.patch_embed(batch.images))
         x = torch.cat([x[:, :1], torch.stack([row[1 + at] for row, at in zip(x, chosen, strict=True)])], dim=1)
         for block in vit.blocks:
             x = encoder_block(block, x)
-        return vit.norm(x)[:, 1:]  # the class token is seen by no other network
+        return vit.norm(x)[:, 1:]  # the other networks do not attend to the class token
 
-    visible, wanted = encoder(batch.permutation[:, :c]), encoder(hidden).detach()
+    visible, reference = encoder(batch.permutation[:, :c]), encoder(hidden).detach()
     x = model.mask_token.expand(*hidden.shape, -1)
     for block in model.regressor:
         i, seen = next(count), torch.cat([visible, x], dim=1)
         q = block.norm1(x + position[hidden])
         k = block.norm_k(seen + position[batch.permutation])
-        x = x + kept(i, 0) * block.ls1(attention(block.attn, q, k, block.norm_v(seen)))
+        x = x + drop_path_scale(i, 0) * block.ls1(attention(block.attn, q, k, block.norm_v(seen)))
         x = block.norm2(x)
-        x = x + kept(i, 1) * block.ls2(block.mlp(x))
+        x = x + drop_path_scale(i, 1) * block.ls2(block.mlp(x))
     x = model.regressor_norm(x)
-    alignment = (x - wanted).square().mean()
+    alignment = (x - reference).square().mean()
     x = x + position[hidden]
     for block in model.decoder:
         x = encoder_block(block, x)
@@ -77,7 +77,7 @@ def test_context_autoencoder(c, drops):
     model = make("cae", c, ContextAutoencoder)
     assert torch.allclose(model.positions, sine_cosine_positions(), atol=1e-6)  # made in float32
     model.positions = sine_cosine_positions()
-    batch, kept = draw(), lambda _block, _branch: 1
+    batch, drop_path_scale = draw_batch(), lambda _block, _branch: 1
     if drops:
         torch.manual_seed(2)
         arguments = {"embed_dim": WIDTH, "depth": 2, "num_heads": HEADS, "init_values": 0.3}
@@ -89,12 +89,12 @@ def test_context_autoencoder(c, drops):
         rates = [0, 0.6, 0, 0.6, 0, 0.2, 0.4, 0.6, 0, 0.2, 0.4, 0.6]
         batch = replace(batch, drop_path_rand=numbers)
 
-        def kept(block, branch):
+        def drop_path_scale(block, branch):
             keep = 1 - rates[block]
             return ((numbers[:, 2 * block + branch] < keep).double() / keep)[:, None, None]
 
     loss = model(batch).loss
-    logits, expected = definition(model, batch, c, kept)
+    logits, expected = definition(model, batch, c, drop_path_scale)
     # the rates of the blocks are float32
     assert torch.allclose(loss, expected, atol=1e-6 if drops else 1e-10)
     assert torch.allclose(model.predict(batch), logits, atol=1e-5 if drops else 1e-10)
@@ -132,7 +132,7 @@ def test_positions_need_a_width_of_fours():
 
 def test_context_autoencoder_does_not_see_hidden_patches():
     model = make("cae", 5, ContextAutoencoder)
-    batch = draw(1)
+    batch = draw_batch(1)
     images, permutation = batch.images, batch.permutation
     changed = images.clone()
     row, column = divmod(int(permutation[0, 7]), GRID[1])

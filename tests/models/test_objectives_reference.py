@@ -1,4 +1,4 @@
-"""Every objective against a slow program of its own: one image, one row at a time, who sees whom written out again."""
+"""Every objective against a slow program of its own: one image, one row at a time, with the attention mask written out again."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,7 @@ from mapet.models.pretraining import ViTForPreTraining, normalized_patches
 from tests.conftest import make_batch
 from tests.refused import refused
 
-GRID, PATCH, WORDS, HEADS = (3, 4), 4, 7, 2
+GRID, PATCH, CODES, HEADS = (3, 4), 4, 7, 2
 N = GRID[0] * GRID[1]
 
 
@@ -29,7 +29,7 @@ def make(name, c, kind=ViTForPreTraining, **options):
         3,
         {"embed_dim": 16, "depth": 2, "num_heads": HEADS, "init_values": 0.3},
     )
-    values = {"pixels": 3 * PATCH**2, "features": 5}.get(options.get("target"), WORDS)
+    values = {"pixels": 3 * PATCH**2, "features": 5}.get(options.get("target"), CODES)
     first = () if kind is ContextAutoencoder else (OBJECTIVES[name],)
     model = kind(vit, values, *first, c, **options).double().eval()
     with torch.no_grad():
@@ -38,11 +38,11 @@ def make(name, c, kind=ViTForPreTraining, **options):
     return model
 
 
-def draw(batch=2, seed=1):
+def draw_batch(batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, 3, 12, 16, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, N, generator=generator).argsort(1)
-    return make_batch(images, torch.randint(WORDS, (batch, N), generator=generator), permutation)
+    return make_batch(images, torch.randint(CODES, (batch, N), generator=generator), permutation)
 
 
 def seen_by(name, segment, i, c, p):
@@ -115,7 +115,7 @@ TABLED = [name for name in OBJECTIVES if name != "cae"]
 @pytest.mark.parametrize("name", TABLED)
 def test_logits_equal_the_row_by_row_program(name, c):
     model = make(name, c)
-    batch = draw()
+    batch = draw_batch()
     images, permutation = batch.images, batch.permutation
     logits = model.predict(batch)
     for b in range(len(images)):
@@ -126,7 +126,7 @@ def test_logits_equal_the_row_by_row_program(name, c):
 @pytest.mark.parametrize("name", ["mapet", "pim"])
 def test_separate_query_tokens(name):
     model = make(name, 4, separate_query_token=True)
-    batch = draw(1)
+    batch = draw_batch(1)
     images, permutation = batch.images, batch.permutation
     expected = plain_logits(model, name, images[0], permutation[0].tolist(), 4)
     assert torch.allclose(model.predict(batch)[0], expected, atol=1e-10)
@@ -134,7 +134,7 @@ def test_separate_query_tokens(name):
 
 def test_separate_query_tokens_start_as_the_mask_token_and_need_queries():
     vit = create_vit("vit_tiny_patch16_224", (12, 16), PATCH, 3, {"embed_dim": 16, "depth": 1, "num_heads": 2})
-    model = ViTForPreTraining(vit, WORDS, OBJECTIVES["mapet"], 4, separate_query_token=True)
+    model = ViTForPreTraining(vit, CODES, OBJECTIVES["mapet"], 4, separate_query_token=True)
     assert torch.equal(model.query_token, model.mask_token)
     with refused("'mim'", "query"):
         make("mim", 4, separate_query_token=True)
@@ -144,7 +144,7 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
     """timm's own blocks under a triangular mask, the next position added: AIM's and iGPT's control."""
     model = make("causal", 0)
     vit = model.vit
-    batch = draw()
+    batch = draw_batch()
     images = batch.images
     order = torch.arange(N).expand(2, -1)
     embedded = vit._pos_embed(vit.patch_embed(images))
@@ -164,7 +164,7 @@ def test_raster_order_from_nothing_is_a_causal_transformer():
 def test_c_of_a_pass_is_that_of_a_model_made_for_it(name, c, other, train):
     """With gradients: what a drawn ratio relies on."""
     model, made = make(name, other), make(name, c)
-    batch = draw()
+    batch = draw_batch()
     for one, given_c in ((model.train(train), c), (made.train(train), None)):
         one(replace(batch, num_context=given_c)).loss.backward()
     for (key, parameter), same in zip(model.named_parameters(), made.parameters(), strict=True):
@@ -184,13 +184,13 @@ def test_ratios_of_224_px(ratio, c):
 def test_targets_that_are_numbers(name, target):
     kind = ContextAutoencoder if name == "cae" else ViTForPreTraining
     model = make(name, 5, kind, target=target)
-    batch = draw()
+    batch = draw_batch()
     images, permutation = batch.images, batch.permutation
     if target == "pixels":
-        wanted = normalized_patches(images, GRID)
+        reference = normalized_patches(images, GRID)
     else:
-        wanted = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    prediction = model(replace(batch, targets=wanted))
+        reference = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    prediction = model(replace(batch, targets=reference))
     guesses = model.predict(batch)
     losses = []
     for b in range(2):
@@ -201,7 +201,7 @@ def test_targets_that_are_numbers(name, target):
                 values = images[b, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten()
                 losses.append((guess - (values - values.mean()) / (values.var() + 1e-6).sqrt()).square().mean())
             else:
-                feature = wanted[b, patch]
+                feature = reference[b, patch]
                 losses.append(1 - guess @ feature / (guess.norm() * feature.norm()))
     expected = torch.stack(losses).mean()
     if name == "cae":

@@ -41,7 +41,7 @@ def make(objective=MAPET, c=5, num_predict=None, drop_path=0.0, dtype=torch.floa
     return model
 
 
-def draw(batch=6, dtype=torch.float64):
+def draw_batch(batch=6, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 16, 20, generator=generator, dtype=torch.float64).to(dtype)
     permutation = torch.rand(batch, 20, generator=generator).argsort(1)
@@ -68,34 +68,34 @@ def test_equals_the_released_way(args, fused):
     model = make(**args)
     for block in model.vit.blocks:
         block.attn.fused_attn = fused
-    batch = draw()
+    batch = draw_batch()
     expected, logits = reference_loss(model, batch.images, batch.targets, batch.permutation)
     expected.backward()
-    wanted = gradients(model)
+    reference = gradients(model)
     model.zero_grad()
     step = ForwardBackward(model, FLOAT64, micro_batch=4)
     prediction = joined(step(batch))
     assert torch.allclose(prediction.loss, expected, rtol=1e-12)
     assert prediction.num_correct == (logits.argmax(-1) == prediction.targets).sum()
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-9, atol=1e-12), name
 
 
 @pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
 def test_bfloat16_step_is_the_float32_step_but_for_rounding(objective):
     model = make(objective, dtype=torch.float32)
     low = deepcopy(model)
-    batch = draw(32, torch.float32)
+    batch = draw_batch(32, torch.float32)
     exact = joined(ForwardBackward(model, ComputeContext(torch.device("cpu"), torch.float32), 32)(batch))
     compute = ComputeContext(torch.device("cpu"), torch.bfloat16)
     rough = joined(ForwardBackward(prepare_for_device(low, compute), compute, 8)(batch))
     assert rough.loss.dtype == torch.float32
     assert float(rough.loss) == pytest.approx(float(exact.loss), rel=0.01)
-    wanted = gradients(model)
+    reference = gradients(model)
     for name, gradient in gradients(low).items():
         assert gradient.dtype == torch.float32
-        if name != "vit.cls_token" and wanted[name].norm() > 1e-3:
-            assert F.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.99, name
+        if name != "vit.cls_token" and reference[name].norm() > 1e-3:
+            assert F.cosine_similarity(gradient.flatten(), reference[name].flatten(), dim=0) > 0.99, name
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 5, 6, 100])
@@ -105,34 +105,34 @@ def test_micro_batches_give_the_whole_batch_s_gradient(micro_batch):
     survival = torch.rand(6, 2 * len(model.vit.blocks), dtype=torch.float64)
     for made, size in ((model, micro_batch), (whole, 6)):
         step = ForwardBackward(made, FLOAT64, size)
-        made.prediction = joined(step(replace(draw(), drop_path_rand=survival)))
+        made.prediction = joined(step(replace(draw_batch(), drop_path_rand=survival)))
     assert torch.allclose(model.prediction.loss, whole.prediction.loss, rtol=1e-12)
     assert torch.equal(model.prediction.targets, whole.prediction.targets)
     assert model.prediction.num_correct == whole.prediction.num_correct
-    wanted = gradients(whole)
+    reference = gradients(whole)
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_stochastic_depth_by_given_numbers_is_timm_s():
-    """Kept branches are scaled, dropped ones leave their rows alone; another's number changes nothing."""
+    """Kept branches are scaled, dropped ones leave their rows unchanged; images are independent."""
     model = make(drop_path=0.4)
     block, rows = model.vit.blocks[2].train(), torch.randn(3, 5, 32, dtype=torch.float64)
     assert block.drop_path1.drop_prob == pytest.approx(0.4)
     attended = torch.randn_like(rows)
 
     def through(*numbers: list[float]) -> torch.Tensor:
-        """The block after its attention, where its two branches have these numbers for the three images."""
+        """Return the block after its attention, with these random numbers of its two branches for the three images."""
         survival = torch.zeros(3, 2 * len(model.vit.blocks), dtype=torch.float64)
         survival[:, 4], survival[:, 5] = map(torch.tensor, numbers)
         return residual_update(block, rows, attended, drop_path_scales(model.vit.blocks, survival, rows)[2])
 
     nothing, always = [0.61] * 3, [0.59] * 3
     assert torch.equal(through(nothing, nothing), rows)
-    kept = through(always, nothing)
-    assert torch.allclose(kept, rows + block.ls1(attended) / 0.6, atol=1e-6)
+    attended_only = through(always, nothing)
+    assert torch.allclose(attended_only, rows + block.ls1(attended) / 0.6, atol=1e-6)
     both = through(always, always)
-    assert torch.allclose(both, kept + block.ls2(block.mlp(block.norm2(kept))) / 0.6, atol=1e-5)
+    assert torch.allclose(both, attended_only + block.ls2(block.mlp(block.norm2(attended_only))) / 0.6, atol=1e-5)
     mixed = through([0.59, 0.61, 0.59], always)
     assert torch.equal(mixed[[0, 2]], both[[0, 2]]) and not torch.equal(mixed[1], both[1])
     model.eval()
@@ -144,7 +144,7 @@ def test_stochastic_depth_by_given_numbers_is_timm_s():
 )
 @settings(max_examples=60, deadline=None)
 def test_blocks_cover_the_table(prefix, c, p, name, seed):
-    """Blocks are consecutive, omit only what nobody sees, and claim to need no mask only where that is so."""
+    """Blocks are consecutive, omit only keys that no query attends to, and claim to need no mask only where that is so."""
     if name == "pim" and prefix + c == 0:
         return
     table = attention_mask(OBJECTIVES[name], prefix, c, p)
@@ -159,7 +159,7 @@ def test_blocks_cover_the_table(prefix, c, p, name, seed):
 
 
 def test_mapet_needs_two_attention_calls():
-    """At the paper's sizes: mask and context rows without a mask over 197 columns, target and query rows with one."""
+    """At the paper's sizes: mask and context queries run without a mask over 197 keys, target and query rows with one."""
     table = attention_mask(MAPET, 1, 49, 147)[:, :344]
     assert split_query_blocks(table) == [
         (slice(0, 197), slice(0, 197), False),
@@ -205,9 +205,9 @@ def test_chunked_cross_entropy(monkeypatch, rows, scale):
 @pytest.mark.parametrize("objective", [MAPET, PIM, MIM], ids=lambda o: o.name)
 @pytest.mark.parametrize("m", [1, 4, 15])
 def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
-    """The rows of some ranks, computed alone, equal the same rows computed with all the others."""
+    """The rows of some indices, computed alone, equal those computed with all others."""
     model = make(objective, num_predict=m)
-    batch = draw()
+    batch = draw_batch()
     everything = model.encode(batch)
     ranks = torch.randperm(15)[:m].sort().values
     some = model.encode(replace(batch, target_indices=ranks))
@@ -220,7 +220,7 @@ def test_a_subset_of_targets_predicts_what_all_of_them_do(objective, m):
 
 def test_a_subset_of_targets_is_an_unbiased_estimate():
     model = make(num_predict=5).train()
-    batch = draw(2)
+    batch = draw_batch(2)
     with torch.no_grad():
         draws = torch.stack(
             [model(replace(batch, target_indices=model.sample_target_indices(5, [n]))).loss for n in range(400)]
@@ -264,7 +264,7 @@ def test_images_that_fit_a_gpu_are_counted_as_was_measured_there(name, peak):
 
 
 def test_arithmetic_is_what_pytorch_counts():
-    """The exact count, with attention's unseen columns added, equals that of PyTorch's own counter, forward and backward."""
+    """The exact count, with masked attention scores added, equals PyTorch's counter, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.flops import Shape, forward, reference_training_flops, training_flops
@@ -273,7 +273,7 @@ def test_arithmetic_is_what_pytorch_counts():
     for block in model.vit.blocks:
         block.attn.fused_attn = False
     shape = Shape(32, 3, patches=20, context=5, vocabulary=40, patch_values=48)
-    batch = draw(1, torch.float32)
+    batch = draw_batch(1, torch.float32)
     with FlopCounterMode(display=False) as counter:
         model(batch).loss.backward()
     p, content = 15, 36
@@ -292,8 +292,8 @@ def test_compiled_step_equals_eager():
     """torch.compile of the pass; a minute or two of compiling, and a C++ compiler, are needed."""
     eager, compiled = make(dtype=torch.float32), make(dtype=torch.float32)
     compiled.compile()
-    results = [joined(ForwardBackward(m, FLOAT64, 6)(draw(6, torch.float32))) for m in (eager, compiled)]
+    results = [joined(ForwardBackward(m, FLOAT64, 6)(draw_batch(6, torch.float32))) for m in (eager, compiled)]
     assert torch.allclose(results[0].loss, results[1].loss, rtol=1e-5)
-    wanted = gradients(eager)
+    reference = gradients(eager)
     for name, gradient in gradients(compiled).items():
-        assert torch.allclose(gradient, wanted[name], rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(gradient, reference[name], rtol=1e-3, atol=1e-5), name

@@ -28,10 +28,10 @@ def cell_means(grid, count):
 @pytest.mark.parametrize(("pool", "count"), [("mean", 1), ("2x2", 2), ("3x3", 3)])
 def test_cells_of_a_map(size, pool, count):
     grid = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0))
-    found = pool_tokens(grid.bfloat16(), None, pool)
-    assert found.dtype == torch.float32
+    result = pool_tokens(grid.bfloat16(), None, pool)
+    assert result.dtype == torch.float32
     expected = torch.stack([cell_means(each, count) for each in grid.bfloat16().float()])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(result, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_class_token_is_the_first_prefix_token():
@@ -63,12 +63,12 @@ def test_layers_are_concatenated_in_ascending_order(layers, chosen, registers):
     vit, images = vit_of(reg_tokens=registers), torch.randn(2, 3, 32, 32)
     tokens = tokens_of(vit, images)
     assert resolve_layers(vit, layers) == chosen
-    found = {pool: mapet.pooled_features(vit, images, pool=pool, layers=layers) for pool in ("mean", "cls", "2x2")}
+    result = {pool: mapet.pooled_features(vit, images, pool=pool, layers=layers) for pool in ("mean", "cls", "2x2")}
     patches = [tokens[layer][:, 1 + registers :] for layer in chosen]
     quarters = [x.view(2, 2, 2, 2, 2, 24).mean((2, 4)).movedim(-1, 1).flatten(1) for x in patches]
-    torch.testing.assert_close(found["mean"], torch.cat([x.mean(1) for x in patches], 1))
-    torch.testing.assert_close(found["cls"], torch.cat([tokens[layer][:, 0] for layer in chosen], 1))
-    torch.testing.assert_close(found["2x2"], torch.cat(quarters, 1))
+    torch.testing.assert_close(result["mean"], torch.cat([x.mean(1) for x in patches], 1))
+    torch.testing.assert_close(result["cls"], torch.cat([tokens[layer][:, 0] for layer in chosen], 1))
+    torch.testing.assert_close(result["2x2"], torch.cat(quarters, 1))
 
 
 @pytest.mark.parametrize("layer", [4, -5])

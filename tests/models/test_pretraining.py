@@ -22,13 +22,13 @@ def make(objective, c, size=(12, 20), patch=4, channels=3, drop_path=0.0, seed=0
     base = {"embed_dim": 24, "depth": 2, "num_heads": 2}
     vit = create_vit("vit_tiny_patch16_224", size, patch, channels, base | args, drop_path)
     model = ViTForPreTraining(vit, VOCAB, objective, c).double().eval()
-    with torch.no_grad():  # default initial values (zero biases, tiny tokens) would hide mistakes
+    with torch.no_grad():  # default initial values (zero biases, small tokens) would hide bugs
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
     return model
 
 
-def draw(model, batch, channels=3, seed=1):
+def draw_batch(model, batch, channels=3, seed=1):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, channels, *model.vit.patch_embed.img_size, generator=generator, dtype=torch.float64)
     permutation = torch.rand(batch, model.num_patches, generator=generator).argsort(1)
@@ -52,11 +52,11 @@ grids = st.tuples(st.integers(1, 4), st.integers(1, 5)).filter(lambda g: g[0] * 
 @given(variants, grids, st.data(), st.sampled_from([1, 3, 5]), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
-    """Prediction of rank t depends on: the context, the content of ranks < t, and no content of ranks >= t."""
+    """Prediction t depends on the context and on targets before t, not on later ones."""
     n = grid[0] * grid[1]
     c = data.draw(st.integers(0, n - 1))
     model = make(MAPET, c, (4 * grid[0], 4 * grid[1]), channels=channels, **args)
-    drawn = draw(model, batch, channels)
+    drawn = draw_batch(model, batch, channels)
     images, tokens, permutation = drawn.images, drawn.targets, drawn.permutation
     loss, correct, targets, losses = model(drawn)
     assert torch.allclose(losses.mean(), loss) and losses.shape == (len(images),)
@@ -73,9 +73,9 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
     row, column = divmod(patch, grid[1])
     changed[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 3.0
     after = model.predict(replace(drawn, images=changed))
-    assert torch.allclose(after[0, : t + 1], logits[0, : t + 1], atol=1e-9)  # not seen up to its own prediction
+    assert torch.allclose(after[0, : t + 1], logits[0, : t + 1], atol=1e-9)  # no prediction up to its own attends to it
     if t + 1 < n - c:
-        assert not torch.allclose(after[0, t + 1 :], logits[0, t + 1 :], atol=1e-9)  # seen by all later ones
+        assert not torch.allclose(after[0, t + 1 :], logits[0, t + 1 :], atol=1e-9)  # all later ones attend to it
     assert torch.allclose(after[1:], logits[1:], atol=1e-9)
 
 
@@ -84,18 +84,18 @@ def test_any_vit_grid_context_and_channels(args, grid, data, channels, batch):
 def test_context_and_mask_rows_equal_a_mim_pass(c, args):
     for segment in ("context", "mask"):
         if segment == "context" and c == 0 and args.get("class_token") is False:
-            continue  # there are no such rows
+            continue  # there are no such tokens
         whole, part = (make(replace(objective, output_segment=segment), c, **args) for objective in (MAPET, MIM))
         part.load_state_dict(whole.state_dict())
-        batch = draw(whole, 2)
+        batch = draw_batch(whole, 2)
         assert torch.allclose(*(model.encode(batch) for model in (whole, part)), atol=1e-10)
 
 
 def test_mim_equals_timm_with_the_hidden_patches_replaced():
-    """An independent MIM: BEiT's way, in raster order, mask tokens in place of hidden patches, no attention mask."""
+    """An independent MIM: as BEiT, in raster order, mask tokens in place of masked patches, no attention mask."""
     model = make(MIM, 5)
     vit = model.vit
-    batch = draw(model, 2)
+    batch = draw_batch(model, 2)
     images, permutation = batch.images, batch.permutation
     x = vit.patch_embed(images)
     hidden = torch.zeros(2, model.num_patches, dtype=torch.bool).scatter(1, permutation[:, 5:], True)
@@ -106,11 +106,11 @@ def test_mim_equals_timm_with_the_hidden_patches_replaced():
 
 
 def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
-    """An independent PIM: for each rank a separate two-stream pass over what is revealed so far (XLNet's definition)."""
+    """An independent PIM: for each index a separate two-stream pass over the patches before (XLNet's definition)."""
     c = 4
     model = make(PIM, c)
     vit = model.vit
-    batch = draw(model, 1)
+    batch = draw_batch(model, 1)
     images, permutation = batch.images, batch.permutation
     logits = model.predict(batch)
     embedded = vit._pos_embed(vit.patch_embed(images))
@@ -125,9 +125,9 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
             asking = torch.cat([keys, block.norm1(query)], dim=1)
             n = revealed.shape[1]
             mask = torch.ones(n + 1, n + 1, dtype=torch.bool)
-            mask[:, n] = False  # nothing sees the query, not even itself
+            mask[:, n] = False  # nothing attends to the query, not even itself
             mask[:n, :n] = torch.ones(n, n).tril().bool()
-            mask[: 1 + c, : 1 + c] = True  # the context sees all of itself
+            mask[: 1 + c, : 1 + c] = True  # the context attends to all of itself
             attended = block.attn(asking, attn_mask=mask)
             query = query + attended[:, n:]
             revealed = revealed + attended[:, :n]
@@ -139,12 +139,12 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
 def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
     """A dropped branch leaves every row of that sample as it was: a draw per row would leave some."""
     model = make(MAPET, 5, drop_path=0.5).train()
-    found = []
+    result = []
     last = model.vit.blocks[1]
-    last.norm1.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    last.norm2.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-    model.encode(draw(model, 64))
-    before, after = found
+    last.norm1.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
+    last.norm2.register_forward_pre_hook(lambda _, inputs: result.append(inputs[0]))
+    model.encode(draw_batch(model, 64))
+    before, after = result
     unchanged = (after == before[:, model.layout().output_rows]).all(dim=2)
     assert torch.equal(unchanged.any(dim=1), unchanged.all(dim=1))
     assert 0 < unchanged.all(dim=1).sum() < 64
@@ -153,7 +153,7 @@ def test_one_stochastic_depth_draw_for_all_segments_of_a_sample():
 @pytest.mark.parametrize("fused", [True, False])
 def test_fused_and_plain_attention_agree(fused):
     model = make(MAPET, 5)
-    batch = draw(model, 2)
+    batch = draw_batch(model, 2)
     results = []
     for setting in (True, False):
         for block in model.vit.blocks:
@@ -169,7 +169,7 @@ def test_fused_and_plain_attention_agree(fused):
 def test_export_is_free(args, channels, tmp_path):
     """The pre-trained state dict loads into timm with strict=True and gives the same features."""
     model = make(MAPET, 5, channels=channels, drop_path=0.1, **args).float()
-    images = draw(model, 2, channels).images.float()
+    images = draw_batch(model, 2, channels).images.float()
     features = model.vit.forward_features(images)
 
     made = timm.create_model(

@@ -8,7 +8,7 @@ from mapet.config.evaluation import EvaluateConfig
 from mapet.evaluation.controls import compare_with_controls, compare_with_each
 from mapet.evaluation.eval_context import ProtocolResult
 from mapet.reports.metrics import History
-from mapet.reports.verdict import format_rows, judge_with_labels, judge_without_labels
+from mapet.reports.verdict import format_rows, summarize_comparisons, summarize_loss
 
 
 def comparisons(**num_correct: int) -> list[dict[str, object]]:
@@ -23,8 +23,8 @@ def comparisons(**num_correct: int) -> list[dict[str, object]]:
 
 
 def test_better_equal_and_worse_are_named_in_plain_english():
-    found = comparisons(pretrained=600, untrained=400, kmeans=700, hog=598, pixels=300)
-    verdict = judge_with_labels(found, 1000, 500)
+    result = comparisons(pretrained=600, untrained=400, kmeans=700, hog=598, pixels=300)
+    verdict = summarize_comparisons(result, 1000, 500)
     assert verdict.sentence == (
         "The pre-trained backbone is clearly better than untrained and pixels, not clearly different from hog and clearly worse than "
         "kmeans: linear probe 0.600 on 1,000 test images."
@@ -36,7 +36,7 @@ def test_better_equal_and_worse_are_named_in_plain_english():
 
 @pytest.mark.parametrize(("value", "advice"), [(900, "fine-tune"), (405, "has not paid"), (500, "Until then hog")])
 def test_what_to_do_next(value, advice):
-    assert advice in judge_with_labels(comparisons(pretrained=value, untrained=400, hog=600), 1000, 10**6).advice
+    assert advice in summarize_comparisons(comparisons(pretrained=value, untrained=400, hog=600), 1000, 10**6).advice
 
 
 def test_clearly_is_a_paired_interval_without_zero():
@@ -45,7 +45,7 @@ def test_clearly_is_a_paired_interval_without_zero():
     differences = (np.arange(1000) < 520).astype(float) - (np.arange(1000) < 500)
     half = 1.96 * differences.std(ddof=1) / 1000**0.5
     assert (ahead["ci_low"], ahead["ci_high"]) == pytest.approx((0.02 - half, 0.02 + half), abs=0.004)
-    assert "clearly better than hog" in judge_with_labels([ahead], 1000, 500).sentence
+    assert "clearly better than hog" in summarize_comparisons([ahead], 1000, 500).sentence
 
 
 def test_the_best_control_is_one_of_the_comparisons():
@@ -68,6 +68,6 @@ def test_the_best_control_is_one_of_the_comparisons():
 def test_without_labels_it_says_that_it_cannot_tell(loss, learned, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": {loss}, "unigram_entropy": 5.378}}\n')
-    verdict = judge_without_labels(History.read(path))
+    verdict = summarize_loss(History.read(path))
     assert "can't tell" in verdict.sentence and learned in verdict.sentence and "class folders" in verdict.advice
     assert not format_rows(verdict.table)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mapet.errors import MapetError
 from mapet.evaluation.eval_context import mean_and_margin
 from mapet.reports.study import describe_difference, describe_findings, write_report
 from mapet.studies.statistics import (
@@ -20,18 +19,19 @@ from mapet.studies.statistics import (
     paired_differences,
     paired_t_test,
 )
+from tests.refused import refused
 
 
-def cell(objective, seed, score, *, status="finished", budgets=("equal epochs",), curve=(), **others):
+def make_trial(objective, seed, score, *, status="finished", budgets=("equal epochs",), curve=(), **others):
     factors = {"objective": objective, **others}
     scores = {} if score is None else {"logistic": score}
     came = {"scores": scores, "epochs": 10, "flops": 3e15, "seconds": 90.0, "curve": list(curve)}
     return Trial(factors, seed, "", {"epochs": 10}, budgets, status=status, reason="out, of <memory>", **came)
 
 
-def study(cells, **changed):
+def study(trial_list, **changed):
     known = {"title": "A study", "baselines": {}, "notes": [], "command": "mapet study x.yaml"}
-    return Study(compared_factor="objective", trials=cells, **(known | changed))
+    return Study(compared_factor="objective", trials=trial_list, **(known | changed))
 
 
 def simulated(count, seeds=3, effect=0.0, *, rng):
@@ -39,7 +39,9 @@ def simulated(count, seeds=3, effect=0.0, *, rng):
     luck = rng.normal(0, 0.02, seeds)
     return study(
         [
-            cell(name, seed, 0.5 + 0.05 * i + luck[seed] + gain + rng.normal(0, 0.01), ratio=f"0.{i}", curve=CURVE)
+            make_trial(
+                name, seed, 0.5 + 0.05 * i + luck[seed] + gain + rng.normal(0, 0.01), ratio=f"0.{i}", curve=CURVE
+            )
             for i, (name, gain), seed in product(range(count), (("mapet", effect), ("pim", 0)), range(seeds))
         ]
     )
@@ -48,7 +50,7 @@ def simulated(count, seeds=3, effect=0.0, *, rng):
 CURVE = [{"epoch": e, "flops": e * 1e15, "loss": 3 / e, "logistic": 0.1 * e} for e in (1.0, 2.0, 3.0)]
 
 
-def written(study, folder):
+def report_texts(study, folder):
     write_report(study, folder)
     return [(folder / f"report.{kind}").read_text("utf-8-sig") for kind in ("md", "html", "csv")]
 
@@ -112,9 +114,9 @@ def test_holm_corrects_upwards_and_keeps_the_order(p):
 
 def test_pairs_are_of_shared_seeds_and_pooled_by_seed():
     a, b = {"x": [0.50, 0.53, 0.58, 0.6], "y": [0.40, 0.45, 0.48]}, {"x": [0.48, 0.50, 0.54], "y": [0.4, 0.41, 0.42]}
-    cells = [cell(n, i, s, t=t) for n, of in (("a", a), ("b", b)) for t in of for i, s in enumerate(of[t])]
-    cells.append(cell("b", 3, 0.1, t="x", status="failed"))
-    pooled, x, y = paired_differences(study(cells))
+    trial_list = [make_trial(n, i, s, t=t) for n, of in (("a", a), ("b", b)) for t in of for i, s in enumerate(of[t])]
+    trial_list.append(make_trial("b", 3, 0.1, t="x", status="failed"))
+    pooled, x, y = paired_differences(study(trial_list))
     assert x.p == pytest.approx(stats.ttest_rel(a["x"][:3], b["x"]).pvalue) and x.seeds == 3
     means = [np.mean([a["x"][:3], a["y"]], axis=0), np.mean([b["x"], b["y"]], axis=0)]
     assert pooled.p == pytest.approx(stats.ttest_rel(*means).pvalue)
@@ -123,27 +125,27 @@ def test_pairs_are_of_shared_seeds_and_pooled_by_seed():
 
 
 def test_sentences():
-    def said(a, b, **others):
-        cells = [cell(n, i, s, **others) for n, of in (("mapet", a), ("pim", b)) for i, s in enumerate(of)]
-        return [describe_difference(row) for row in paired_differences(study(cells))]
+    def sentences(a, b, **others):
+        trial_list = [make_trial(n, i, s, **others) for n, of in (("mapet", a), ("pim", b)) for i, s in enumerate(of)]
+        return [describe_difference(row) for row in paired_differences(study(trial_list))]
 
     start = "At equal epochs, logistic: "
     apart = "mapet is 2.0 points below pim with ratio 0.75 (95 % interval 1.5 to 2.5, 3 seeds, corrected p = 0.003)."
-    assert said([0.482, 0.50, 0.518], [0.5, 0.52, 0.54], ratio="0.75") == [start + apart]
+    assert sentences([0.482, 0.50, 0.518], [0.5, 0.52, 0.54], ratio="0.75") == [start + apart]
     assert (
         "mapet and pim do not differ significantly (mapet is 1.0 points above pim; 95"
-        in said([0.5, 0.6], [0.5, 0.58])[0]
+        in sentences([0.5, 0.6], [0.5, 0.58])[0]
     )
-    assert said([0.5], [0.48]) == [start + "mapet is 2.0 points above pim. One seed: no interval and no test."]
+    assert sentences([0.5], [0.48]) == [start + "mapet is 2.0 points above pim. One seed: no interval and no test."]
     same = "mapet is level with pim. The same in all 2 seeds: no spread and no test."
-    assert said([0.5, 0.6], [0.5, 0.6]) == [start + same]
+    assert sentences([0.5, 0.6], [0.5, 0.6]) == [start + same]
 
 
 def test_best_value_of_a_factor_is_over_what_all_its_values_share():
     scores = {("0.5", 0): 0.40, ("0.5", 1): 0.42, ("0.75", 0): 0.45, ("0.75", 1): 0.43, ("0.5", 2): 0.99}
-    compared = study([cell("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()])
-    _, said = describe_findings(compared, paired_differences(compared))
-    assert said == (
+    compared = study([make_trial("mapet", seed, s, ratio=r) for (r, seed), s in scores.items()])
+    _, sentences = describe_findings(compared, paired_differences(compared))
+    assert sentences == (
         "At equal epochs, logistic: the ratio of highest mean is 0.75 (0.440; intervals overlap) for mapet."
     )
 
@@ -163,13 +165,17 @@ def test_false_verdicts_are_as_rare_as_promised(count):
 
 def test_report_says_the_same_in_all_three(tmp_path):
     nasty = "größe,\n<b>$x$|*&\"'"
-    cells = [
-        cell(n, s, 0.5 + 0.01 * s * len(n), tokenizer=nasty, curve=CURVE) for n in ("_a_", "pïm 木") for s in range(3)
+    trial_list = [
+        make_trial(n, s, 0.5 + 0.01 * s * len(n), tokenizer=nasty, curve=CURVE)
+        for n in ("_a_", "pïm 木")
+        for s in range(3)
     ]
-    cells += [cell("_a_", s, None, tokenizer="pixels", status="failed", budgets=("equal compute",)) for s in range(2)]
+    trial_list += [
+        make_trial("_a_", s, None, tokenizer="pixels", status="failed", budgets=("equal compute",)) for s in range(2)
+    ]
     notes = ["Leans on <labels>."]
-    markdown, html, table = written(
-        study(cells, notes=notes, baselines={"untrained": {"knn": 0.34}, "x": {"knn": float("nan")}}), tmp_path
+    markdown, html, table = report_texts(
+        study(trial_list, notes=notes, baselines={"untrained": {"knn": 0.34}, "x": {"knn": float("nan")}}), tmp_path
     )
     page = Reader(html)
     assert len(set(page.ids)) == len(page.ids) > 0 and html.count("<figure>") == 4
@@ -179,31 +185,33 @@ def test_report_says_the_same_in_all_three(tmp_path):
         assert "nan" not in text.lower()
     assert "<labels>" not in html and "<b>$x" not in html and "url(http" not in html
     rows = list(csv.DictReader(table.splitlines(keepends=True)))
-    assert [(row["tokenizer"], int(row["seed"])) for row in rows] == [(c.factors["tokenizer"], c.seed) for c in cells]
-    assert [float(row["logistic"]) for row in rows[:6]] == [c.scores["logistic"] for c in cells[:6]]
+    assert [(row["tokenizer"], int(row["seed"])) for row in rows] == [
+        (c.factors["tokenizer"], c.seed) for c in trial_list
+    ]
+    assert [float(row["logistic"]) for row in rows[:6]] == [c.scores["logistic"] for c in trial_list[:6]]
     assert (rows[-1]["logistic"], rows[-1]["reason"]) == ("", "out, of <memory>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.csv", "report.html", "report.md"]
 
 
 @pytest.mark.parametrize(
-    ("cells", "expected"),
+    ("trial_list", "expected"),
     [
         ([], "No run has finished"),
-        ([cell("mapet", 0, None, status="not run")], "No run has finished"),
-        ([cell("mapet", seed, 0.5) for seed in range(3)], "there are no pairs to test"),
+        ([make_trial("mapet", 0, None, status="not run")], "No run has finished"),
+        ([make_trial("mapet", seed, 0.5) for seed in range(3)], "there are no pairs to test"),
         (
-            [cell(name, 0, 0.5) for name in ("mapet", "pim")],
+            [make_trial(name, 0, 0.5) for name in ("mapet", "pim")],
             "One seed: no interval and no test, so no difference between",
         ),
-        ([cell(name, seed, 0.5) for name in ("mapet", "pim") for seed in (0, 1)], "no spread and no test"),
-        ([cell(name, seed, float("nan")) for name in ("mapet", "pim") for seed in (0, 1)], "no pairs to test"),
+        ([make_trial(name, seed, 0.5) for name in ("mapet", "pim") for seed in (0, 1)], "no spread and no test"),
+        ([make_trial(name, seed, float("nan")) for name in ("mapet", "pim") for seed in (0, 1)], "no pairs to test"),
     ],
 )
-def test_report_of_little(cells, expected, tmp_path):
-    for text in written(study(cells), tmp_path)[:2]:
+def test_report_of_little(trial_list, expected, tmp_path):
+    for text in report_texts(study(trial_list), tmp_path)[:2]:
         assert expected in text and "nan" not in text.lower()
 
 
 def test_an_ambiguous_study_is_refused():
-    with pytest.raises(MapetError, match="more than one run of"):
-        study([cell("mapet", 0, 0.5), cell("mapet", 0, 0.6)])
+    with refused("mapet"):
+        study([make_trial("mapet", 0, 0.5), make_trial("mapet", 0, 0.6)])

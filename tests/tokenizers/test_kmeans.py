@@ -1,4 +1,4 @@
-"""K-means in all its forms against plain float64 loops; several processes; going on after a stop."""
+"""K-means in all its forms against plain float64 loops; several processes; resume."""
 
 import itertools
 from collections import Counter
@@ -28,7 +28,7 @@ MODES = [
 
 @pytest.fixture(autouse=True)
 def one_thread(two_threads):
-    """These points are few: a second thread costs more than it does."""
+    """One thread: two are slower for so few points."""
     torch.set_num_threads(1)
 
 
@@ -81,11 +81,11 @@ def plainly(points, vocab_size, iterations, seed=0, init="random", batch_size=No
 def test_as_a_plain_loop(mode, vocab_size):
     points = blobs()
     expected = plainly(points, vocab_size, 10, **mode)
-    found = KMeans(vocab_size, 10, **mode).fit(points)
-    assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
-    assert found.counts.tolist() == expected[1].tolist()
-    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-4)
-    assert found.total_variance == pytest.approx(expected[3], rel=1e-4)
+    result = KMeans(vocab_size, 10, **mode).fit(points)
+    assert torch.allclose(result.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
+    assert result.counts.tolist() == expected[1].tolist()
+    assert result.mean_sq_dist == pytest.approx(expected[2], rel=1e-4)
+    assert result.total_variance == pytest.approx(expected[3], rel=1e-4)
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -99,9 +99,9 @@ def test_any_setting_as_a_plain_loop(size, width, seed, vocab_size, iterations, 
     if width == 1 and mode["metric"] == "cosine":
         return  # two points
     expected = plainly(points, vocab_size, iterations, seed, **mode)
-    found = KMeans(vocab_size, iterations, seed=seed, **mode).fit(points)
-    assert torch.allclose(found.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
-    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
+    result = KMeans(vocab_size, iterations, seed=seed, **mode).fit(points)
+    assert torch.allclose(result.centroids.double(), torch.from_numpy(expected[0]), atol=1e-4)
+    assert result.mean_sq_dist == pytest.approx(expected[2], rel=1e-3, abs=1e-5)
 
 
 def test_dead_centroids_of_mini_batches_start_again():
@@ -110,10 +110,10 @@ def test_dead_centroids_of_mini_batches_start_again():
     points = points[torch.randperm(2000, generator=torch.Generator().manual_seed(0))]
     mode = {"batch_size": 200}
     expected = plainly(points, 16, 25, **mode)
-    found = KMeans(16, 25, **mode).fit(points)
-    assert (found.counts > 0).all()
-    assert found.mean_sq_dist == pytest.approx(expected[2], rel=1e-3)
-    assert found.mean_sq_dist <= 1.3 * KMeans(16, 25, n_init=3).fit(points).mean_sq_dist
+    result = KMeans(16, 25, **mode).fit(points)
+    assert (result.counts > 0).all()
+    assert result.mean_sq_dist == pytest.approx(expected[2], rel=1e-3)
+    assert result.mean_sq_dist <= 1.3 * KMeans(16, 25, n_init=3).fit(points).mean_sq_dist
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
@@ -141,12 +141,12 @@ def test_spherical(dtype, batch_size):
 
 
 def test_points_that_are_zero_have_no_angle():
-    found = KMeans(20, metric="cosine").fit(torch.cat([blobs(), torch.zeros(50, 6)]))
-    assert found.centroids.isfinite().all() and found.counts.sum() == 1850
+    result = KMeans(20, metric="cosine").fit(torch.cat([blobs(), torch.zeros(50, 6)]))
+    assert result.centroids.isfinite().all() and result.counts.sum() == 1850
 
 
 def test_plus_plus_chooses_as_the_paper_says():
-    """How often each set of 3 of 6 points is chosen, against the product of D^2 shares over all orders."""
+    """How often each set of 3 of 6 points is chosen, against the product of D^2 fractions over all orders."""
     places = np.array([0.0, 1.0, 1.5, 4.0, 4.0, 9.0])
     expected = Counter()
     for order in itertools.permutations(range(6), 3):
@@ -157,10 +157,10 @@ def test_plus_plus_chooses_as_the_paper_says():
         expected[frozenset(order)] += share
     points = points_of(torch.tensor(places[:, None], dtype=torch.float32))
     draws = 1000
-    found = Counter(frozenset(kmeans_plusplus_init(points, 3, seed).tolist()) for seed in range(draws))
-    assert set(found) <= {chosen for chosen, share in expected.items() if share > 0}
+    result = Counter(frozenset(kmeans_plusplus_init(points, 3, seed).tolist()) for seed in range(draws))
+    assert set(result) <= {chosen for chosen, share in expected.items() if share > 0}
     for chosen, share in expected.items():
-        assert abs(found[chosen] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
+        assert abs(result[chosen] / draws - share) <= 4 * (share * (1 - share) / draws) ** 0.5
 
 
 def test_plus_plus_spreads():
@@ -205,50 +205,50 @@ def test_even_sample(num_points, size, seed):
 
 
 def points_for(mode):
-    """Of rounds over all points many are one, so that clusters are empty; a mini-batch's centroids go idle anyhow.
+    """With all points many points are equal, so that clusters are empty; mini-batch centroids go idle in any case.
 
-    There, two centroids that start as one would be told apart by rounding.
+    There, two equal initial centroids would differ by rounding alone.
     """
     return blobs() if mode["batch_size"] else torch.cat([blobs(), blobs()[:1].repeat(700, 1)])
 
 
-def in_several_processes(rank, folder, world):
+def run_rank(rank, folder, world):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
-    found = {}
+    result = {}
     for index, mode in enumerate(MODES):
         shard = points_for(mode).tensor_split([500])[rank]  # uneven
-        found[index] = tuple(KMeans(50, 8, 2, **mode).fit(shard))
+        result[index] = tuple(KMeans(50, 8, 2, **mode).fit(shard))
     shard = points_for(MODES[0]).tensor_split([500])[rank]
     checkpoint = folder / "state.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         after_each_round(patch, Stop(11))
         with refused("k-means", kind=Interrupted):
             KMeans(50, 8, 2).fit(shard, checkpoint)
-    found["resumed"] = tuple(KMeans(50, 8, 2).fit(shard, checkpoint))
-    for case, mine in (("empty", shard[: 5 * rank]), ("few", shard[:5])):
+    result["resumed"] = tuple(KMeans(50, 8, 2).fit(shard, checkpoint))
+    for case, actual in (("empty", shard[: 5 * rank]), ("few", shard[:5])):
         with pytest.raises(MapetError) as error:
-            KMeans(11).fit(mine)
-        found[case] = str(error.value)
+            KMeans(11).fit(actual)
+        result[case] = str(error.value)
     with pytest.raises(MapetError) as error:
         KMeans(50, 8, 2).fit(shard, folder / f"{rank}" / ("absent" if rank else "../state.safetensors"))
-    found["elsewhere"] = str(error.value)
-    torch.save(found, folder / f"{rank}.pt")
+    result["elsewhere"] = str(error.value)
+    torch.save(result, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 def test_processes_agree_and_equal_one(tmp_path):
     (tmp_path / "0").mkdir()
-    multiprocessing.spawn(in_several_processes, (tmp_path, 2), nprocs=2)
+    multiprocessing.spawn(run_rank, (tmp_path, 2), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for index, mode in enumerate(MODES):
         single = KMeans(50, 8, 2, **mode).fit(points_for(mode))
-        for mine, theirs, alone in zip(one[index], other[index], single, strict=True):
-            assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
-            assert torch.allclose(torch.as_tensor(mine), torch.as_tensor(alone), rtol=1e-4, atol=1e-4), mode
-    for mine, theirs, whole in zip(one["resumed"], other["resumed"], one[0], strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(whole))
+        for actual, reference, alone in zip(one[index], other[index], single, strict=True):
+            assert torch.equal(torch.as_tensor(actual), torch.as_tensor(reference))
+            assert torch.allclose(torch.as_tensor(actual), torch.as_tensor(alone), rtol=1e-4, atol=1e-4), mode
+    for actual, reference, whole in zip(one["resumed"], other["resumed"], one[0], strict=True):
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(reference))
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(whole))
     assert one["empty"] == other["empty"] and "rank 0 has none" in one["empty"]
     assert "11" in one["few"] and "10 patches" in other["few"]
     assert "state.safetensors" in one["elsewhere"] and "absent" in other["elsewhere"]
@@ -271,13 +271,13 @@ class Stop:
             raise self.error
 
 
-def same(one, other):
+def is_same_state(one, other):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("mode", [MODES[0], MODES[-1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_goes_on_to_the_bit(mode, dtype, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(mode, dtype, tmp_path, monkeypatch):
     """Stopped in each round, between restarts and after the last; saved on Ctrl-C or, after a crash, by the round before."""
     points = torch.cat([blobs(), torch.zeros(300, 6)])
     whole = KMeans(40, 4, 3, 5, dtype, **mode).fit(points)
@@ -291,7 +291,7 @@ def test_goes_on_to_the_bit(mode, dtype, tmp_path, monkeypatch):
         done = []
         after_each_round(monkeypatch, done.append)
         again = KMeans(40, 4, 3, 5, dtype, **mode).fit(points, checkpoint)
-        assert same(again, whole) and len(done) == 12 - rounds
+        assert is_same_state(again, whole) and len(done) == 12 - rounds
     assert not list(tmp_path.glob(".*"))
 
 
@@ -323,7 +323,7 @@ def test_checkpoints_of_other_calls_are_refused(tmp_path, monkeypatch):
         KMeans(40, 4).fit(points, checkpoint)
 
 
-def test_fit_tokenizer_goes_on(crops, tmp_path, monkeypatch):
+def test_fit_tokenizer_resumes(crops, tmp_path, monkeypatch):
     options = {
         "images": crops, "image_size": 32, "patch_size": 8, "vocab_size": 10, "kmeans_metric": "cosine",
         "kmeans_init": "k-means++", "kmeans_batch_size": 50, "kmeans_iters": 6,

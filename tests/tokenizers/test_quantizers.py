@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 import mapet
-from mapet.errors import MapetError
 from mapet.tokenizers.feature_store import FeatureStore
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
 from mapet.tokenizers.stages import fit_fsq
@@ -31,14 +30,14 @@ def cloud(count=600, width=12, seed=0):
 @pytest.mark.parametrize("whiten", [False, True])
 def test_principal_components_are_those_of_numpy(whiten):
     points = cloud()
-    found = principal_components(FeatureStore.from_tensor(points), 4, whiten)
+    result = principal_components(FeatureStore.from_tensor(points), 4, whiten)
     stored = points.half().double().numpy()
     centered = stored - stored.mean(0)
     _, spread, directions = np.linalg.svd(centered, full_matrices=False)
     expected = centered @ directions[:4].T / (spread[:4] / len(points) ** 0.5 if whiten else 1)
-    got = project(points.half().float(), **found).double().numpy()
+    got = project(points.half().float(), **result).double().numpy()
     assert np.allclose(np.abs(got), np.abs(expected), atol=0.02 if whiten else 0.1)  # features are kept as float16
-    signs = found["components"].gather(0, found["components"].abs().argmax(0, keepdim=True))
+    signs = result["components"].gather(0, result["components"].abs().argmax(0, keepdim=True))
     assert (signs > 0).all()
 
 
@@ -48,7 +47,7 @@ def test_too_many_components_are_refused():
 
 
 def test_features_that_are_all_the_same_cannot_be_scaled():
-    """Of black images, say: FSQ and LFQ divide by the deviation, which is zero."""
+    """As for black images: FSQ and LFQ divide by the standard deviation, which is zero."""
     for points in (torch.zeros(50, 6), torch.full((50, 6), 0.1)):
         with refused("same", 50):
             fit_fsq(FeatureStore.from_tensor(points), (2, 2))
@@ -107,7 +106,7 @@ def test_levels_make_the_codes_they_promise():
     assert all(np.prod(levels) == number for number, levels in LEVELS.items())
     assert levels_for(8192, signs=True) == (2,) * 13 and levels_for(512, signs=False) == (8, 8, 8)
     assert np.prod(levels_for(700, signs=False)) == 512
-    with refused("power of two"):
+    with refused("vocab_size", 100):
         levels_for(100, signs=True)
     with refused(64):
         levels_for(10, signs=False)
@@ -141,36 +140,27 @@ def test_stored_and_online_tokens_are_the_same(options, num_codes, few_digits, t
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"fsq_levels": [4, 4]}, "fsq_levels is for fsq; kmeans does not use it"),
-        ({"quantizer": "lfq", "pca_dim": 3}, "pca_dim is for kmeans; lfq does not use it"),
-        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, "kmeans_metric is for kmeans; fsq does not use it"),
-        ({"quantizer": "lfq", "kmeans_n_init": 5}, "kmeans_n_init is for kmeans"),
-        ({"quantizer": "lfq", "kmeans_batch_size": 100}, "kmeans_batch_size is for kmeans"),
-        (
-            {"teacher_image_size": 16},
-            "teacher 'pixels' does not use teacher_image_size",
-        ),
-        ({"teacher_layer": 3}, "teacher 'pixels' does not use teacher_layer"),
-        (
-            {"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64},
-            "teacher 'vqkd' does not use teacher_image_size",
-        ),
-        (
-            {"teacher": "dalle", "teacher_checkpoint": "x", "teacher_output": "norm"},
-            "teacher 'dalle' does not use teacher_output",
-        ),
-        ({"teacher": "my:code", "teacher_layer": 2}, "teacher 'my:code' does not use teacher_layer"),
-        ({"teacher_checkpoint": "x"}, "teacher 'pixels' does not use teacher_checkpoint"),
-        ({"quantizer": "lfq", "vocab_size": 12}, "power of two"),
-        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, "width 4, under 5 components"),
-        ({"pca_dim": 5}, "width 4, under 5 components"),
+        ({"fsq_levels": [4, 4]}, ["fsq_levels", "fsq", "kmeans"]),
+        ({"quantizer": "lfq", "pca_dim": 3}, ["pca_dim", "kmeans", "lfq"]),
+        ({"quantizer": "fsq", "kmeans_metric": "cosine"}, ["kmeans_metric", "kmeans", "fsq"]),
+        ({"quantizer": "lfq", "kmeans_n_init": 5}, ["kmeans_n_init", "lfq"]),
+        ({"quantizer": "lfq", "kmeans_batch_size": 100}, ["kmeans_batch_size", "lfq"]),
+        ({"teacher_image_size": 16}, ["'pixels'", "teacher_image_size"]),
+        ({"teacher_layer": 3}, ["'pixels'", "teacher_layer"]),
+        ({"teacher": "vqkd", "teacher_checkpoint": "x", "teacher_image_size": 64}, ["'vqkd'", "teacher_image_size"]),
+        ({"teacher": "dalle", "teacher_checkpoint": "x", "teacher_output": "norm"}, ["'dalle'", "teacher_output"]),
+        ({"teacher": "my:code", "teacher_layer": 2}, ["'my:code'", "teacher_layer"]),
+        ({"teacher_checkpoint": "x"}, ["'pixels'", "teacher_checkpoint"]),
+        ({"quantizer": "lfq", "vocab_size": 12}, ["'lfq'", "vocab_size", 12]),
+        ({"quantizer": "fsq", "fsq_levels": [2] * 5}, ["width 4", "5 components", "fsq_levels"]),
+        ({"pca_dim": 5}, ["width 4", "5 components", "pca_dim"]),
     ],
     ids=str,
 )
-def test_impossible_options(options, message, few_digits, tmp_path):
-    with pytest.raises(MapetError, match=message):
+def test_impossible_options(options, named, few_digits, tmp_path):
+    with refused(*named):
         mapet.fit_tokenizer(images=few_digits, out=tmp_path / "t", image_size=8, patch_size=2, channels=1, **options)
     assert not (tmp_path / "t").exists()
 
@@ -187,5 +177,5 @@ def test_teachers_of_the_docs_have_the_grid_and_features_they_promise():
             model = timm.create_model(name, pretrained=False, **({"img_size": (size, size)} if other else {})).eval()
             image = torch.empty(1, 3, size, size)
         last = [len(model.feature_info) - 1]
-        (found,) = model.forward_intermediates(image, indices=last, intermediates_only=True, output_fmt="NCHW")
-        assert found.shape == (1, int(features), 14, 14), name
+        (result,) = model.forward_intermediates(image, indices=last, intermediates_only=True, output_fmt="NCHW")
+        assert result.shape == (1, int(features), 14, 14), name

@@ -56,13 +56,13 @@ def test_empty_clusters_are_seeded_again(dtype, memory, tmp_path):
     points = torch.cat([torch.zeros(100, 2), torch.randn(30, 2)])  # starts fall on equal points: empty clusters
     with FeatureStore(len(points), memory, tmp_path) as store:
         store.append(points)
-        found = KMeans(16, max_iter=20, dtype=dtype).fit(store)
-    assert (found.counts > 0).all() and found.counts.sum() == 130
-    assert torch.equal(found.counts, torch.bincount(assign(points.half(), found.centroids)[0], minlength=16))
+        result = KMeans(16, max_iter=20, dtype=dtype).fit(store)
+    assert (result.counts > 0).all() and result.counts.sum() == 130
+    assert torch.equal(result.counts, torch.bincount(assign(points.half(), result.centroids)[0], minlength=16))
 
 
 def test_bfloat16_k_means_is_as_good_as_float32(photos):
-    """Real patches, their contrast normalized: flat ones would start as empty clusters, whose fate is luck."""
+    """Real patches, their contrast normalized: flat ones would start as empty clusters, re-seeded at random."""
     pixels = torch.tensor(np.stack(photos)).permute(0, 3, 1, 2)[..., :424, :640].float() / 255
     points = torch.nn.functional.pixel_unshuffle(pixels, 8).permute(0, 2, 3, 1).flatten(0, 2)
     points = torch.nn.functional.layer_norm(points, points.shape[1:])
@@ -91,22 +91,22 @@ def test_ids_do_not_depend_on_the_batch(batch):
 def test_the_place_of_the_features_changes_nothing(restarts, tmp_path):
     torch.manual_seed(0)
     points = torch.randn(5000, 12) * 3 + 7
-    found = []
+    result = []
     for memory in (1 << 20, 0):
         with FeatureStore(6000, memory, tmp_path) as store:
             for part in points.split(999):
                 store.append(part)
             assert (store.scratch_file is None) == (memory > 0)
             assert not list(tmp_path.iterdir())  # the scratch file has no name
-            found.append(KMeans(100, 5, restarts, dtype=torch.bfloat16).fit(store))
-    assert torch.equal(found[0].centroids, found[1].centroids) and torch.equal(found[0].counts, found[1].counts)
-    assert found[0][2:] == found[1][2:]
-    assert found[0].mean_sq_dist == pytest.approx(float(assign(points, found[0].centroids)[1].mean()), rel=1e-3)
+            result.append(KMeans(100, 5, restarts, dtype=torch.bfloat16).fit(store))
+    assert torch.equal(result[0].centroids, result[1].centroids) and torch.equal(result[0].counts, result[1].counts)
+    assert result[0][2:] == result[1][2:]
+    assert result[0].mean_sq_dist == pytest.approx(float(assign(points, result[0].centroids)[1].mean()), rel=1e-3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_streaming_needs_memory_for_a_block_only(tmp_path):
-    """240 MB of features; a process of its own, for memory that was once touched counts for good."""
+    """240 MB of features; in its own process, as peak memory never decreases."""
     script = """if True:
         import sys, torch
         from pathlib import Path
@@ -129,9 +129,9 @@ def test_streaming_needs_memory_for_a_block_only(tmp_path):
 @pytest.mark.parametrize("size", [1e-6, 1, 1e6])
 def test_features_of_any_size_fit_float16(size):
     points = blobs() * size
-    found = KMeans(8, max_iter=20, n_init=5).fit(points)
-    assert found.mean_sq_dist == pytest.approx(float(assign(points, found.centroids)[1].mean()), rel=1e-2)
-    assert found.centroids.isfinite().all()
+    result = KMeans(8, max_iter=20, n_init=5).fit(points)
+    assert result.mean_sq_dist == pytest.approx(float(assign(points, result.centroids)[1].mean()), rel=1e-2)
+    assert result.centroids.isfinite().all()
 
 
 def test_features_too_uneven_for_float16():
@@ -190,15 +190,15 @@ def test_timm_teachers_from_a_local_file(name, size, features, tmp_path):
         name, (224, 224), 16, teacher_checkpoint=str(tmp_path / "weights.safetensors"), teacher_image_size=size
     )
     images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
-    found = teacher(images)
-    assert found.shape == (1, features, 14, 14)
+    result = teacher(images)
+    assert result.shape == (1, features, 14, 14)
     data = timm.data.resolve_model_data_config(model)
     normal = (images.float() / 255 - torch.tensor(data["mean"]).view(3, 1, 1)) / torch.tensor(data["std"]).view(3, 1, 1)
     with torch.inference_mode():
         expected = model.forward_intermediates(normal, indices=1, intermediates_only=True)[0]
     if expected.shape[2:] != (14, 14):
         expected = torch.nn.functional.interpolate(expected, size=(14, 14), mode="bilinear", antialias=True)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(result, expected, atol=1e-5)
 
 
 def small_teacher(folder, name="test_vit.r160_in1k"):
@@ -238,8 +238,8 @@ def test_layer_and_output_of_a_teacher(layer, block, output, tmp_path):
             "norm": model.norm(x),
             "projection": model.norm(x) @ model.head.weight.T + model.head.bias,
         }[output]
-    found = teacher(images).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    result = teacher(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_layer_of_a_network_of_stages(layer, tmp_path):
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", ["test_vit.r160_in1k", "test_resnet.r160_in1k"])
 def test_a_teacher_of_other_channels(name, channels, tmp_path):
-    """timm sums the filters of RGB for gray pictures, and goes round them for more channels, at three quarters for four."""
+    """timm sums the filters of RGB for gray images, and repeats them for more channels, scaled by 3/4 for four."""
     model, path = small_teacher(tmp_path, name)
     teacher = teacher_of(name, (160, 160), 16, teacher_checkpoint=path, channels=channels)
     images = torch.randint(0, 256, (2, channels, 160, 160), dtype=torch.uint8)
@@ -289,7 +289,7 @@ def test_a_teacher_of_other_channels(name, channels, tmp_path):
 
 
 def test_options_of_the_teacher_reach_it(crops, tmp_path):
-    """Through the stage, on gray pictures."""
+    """From the command, on gray images."""
     _, path = small_teacher(tmp_path)
     tokenizer = mapet.fit_tokenizer(
         images=crops, out=tmp_path / "t", image_size=160, patch_size=16, vocab_size=8, kmeans_iters=1,
@@ -343,7 +343,7 @@ def test_other_teacher_weights_are_refused(crops, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_precision_is_part_of_the_tokenizer(precision, crops, tmp_path):
-    """Tokens are computed in the precision of the codebook, whoever computes them, in batches of any size."""
+    """Tokens are computed in the precision of the codebook, by any command and batch size."""
     name = "resnet10t.c3_in1k"
     torch.manual_seed(0)
     save_file(timm.create_model(name).state_dict(), tmp_path / "weights.safetensors")
@@ -378,7 +378,7 @@ def test_precision_changes_the_tokenizer_s_hash(crops, tmp_path):
     assert hashes["float32"] != hashes["bfloat16"]
 
 
-def test_flipped_pixels_are_other_words(crops, tmp_path):
+def test_flipped_pixels_are_other_tokens(crops, tmp_path):
     """Why a mirrored view is stored, not derived by mirroring the grid: the tokens are not the same."""
     tokenizer = mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     images = torch.stack(
@@ -414,11 +414,11 @@ def test_a_folder_s_vit_at_another_size(saved_vit):
     name, model = saved_vit
     teacher = teacher_of(name, (48, 32), 8, teacher_image_size=(48, 32))
     images = torch.randint(0, 256, (2, 3, 48, 32), dtype=torch.uint8)
-    found = teacher(images)
+    result = teacher(images)
     model.set_input_size(img_size=(48, 32))
     with torch.inference_mode():
         assert torch.allclose(
-            found,
+            result,
             model.forward_intermediates(images / 127.5 - 1, indices=1, intermediates_only=True, norm=False)[0],
             atol=1e-5,
         )
@@ -431,7 +431,7 @@ def test_views_that_timm_refuses(monkeypatch, saved_vit):
 
 
 def test_every_batch_s_grid_is_looked_at(monkeypatch):
-    """Not the first one's alone."""
+    """Every batch is checked, not only the first."""
     teacher = teacher_of("pixels", (16, 16), 4)
     images = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     teacher(images)

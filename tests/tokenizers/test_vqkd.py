@@ -15,7 +15,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mapet
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.errors import MapetError
 from mapet.models.backbone import create_vit
 from mapet.tokenizers import vqkd
 from mapet.tokenizers.kmeans import KMeans
@@ -25,13 +24,13 @@ from tests.refused import refused
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Of models so small, several would wait for each other."""
+    """One thread: several are slower for models this small."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """Not here."""
+    """Return a fixed precision instead of a timing."""
 
 
 def transformer(width, depth, patch, channels, side, device="cpu"):
@@ -176,8 +175,8 @@ def test_what_training_saves_has_the_published_names_and_shapes():
     """Also those of training alone, so that the released code's strict loading takes it."""
     vit = create_vit("vit_tiny_patch16_224", (12, 12), 4, model_args={"embed_dim": 128, "depth": 2, "num_heads": 2})
     ours = VQKDForTraining(vit, 12, config(20)).beit2_state_dict()
-    theirs = checkpoint()
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    reference = checkpoint()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 
 def change(**changes):
@@ -191,24 +190,24 @@ def change(**changes):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "named"),
     [
-        (change(encode_task_layer__0__bias=None), "missing: encode_task_layer.0.bias$"),
-        (change(encoder__patch_embed__proj__weight=None), "expected a weight 'encoder.patch_embed.proj.weight'"),
-        (change(encoder__blocks__0__gamma_1=torch.ones(128)), "unexpected: encoder.blocks.0.gamma_1$"),
-        (change(encoder__norm__bias=torch.ones(128)), "unexpected: encoder.norm.bias$"),
-        (change(encoder__pos_embed=torch.ones(1, 12, 128)), r"of another shape: encoder.pos_embed \(1x12x128, not 1x10x128\)$"),
-        (change(encoder__pos_embed=torch.ones(3)), "its shapes contradict each other"),
-        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), r"found blocks.* more$"),
-        (lambda weights: {}, "no tensors under their names"),
+        (change(encode_task_layer__0__bias=None), "encode_task_layer.0.bias"),
+        (change(encoder__patch_embed__proj__weight=None), "'encoder.patch_embed.proj.weight'"),
+        (change(encoder__blocks__0__gamma_1=torch.ones(128)), "encoder.blocks.0.gamma_1"),
+        (change(encoder__norm__bias=torch.ones(128)), "encoder.norm.bias"),
+        (change(encoder__pos_embed=torch.ones(1, 12, 128)), "encoder.pos_embed (1x12x128, not 1x10x128)"),
+        (change(encoder__pos_embed=torch.ones(3)), ""),
+        (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), "blocks."),
+        (lambda weights: {}, ""),
     ],
 )  # fmt: skip
-def test_other_checkpoints_are_refused_in_one_line(make, message, tmp_path):
+def test_other_checkpoints_are_refused_in_one_line(make, named, tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"model": make(checkpoint())}, path)
-    with pytest.raises(MapetError, match=message) as error:
+    with refused(path, named) as error:
         load_vqkd(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert len(str(error.value)) < 400
 
 
 class Harmful:
@@ -270,7 +269,7 @@ def test_losses_and_straight_through_gradient(monkeypatch):
     images, targets = torch.rand(2, 3, 12, 12).double(), torch.randn(2, 5, 3, 3).double()
     result = model(images, targets)
     result.loss.backward()
-    found = model.tokenizer.encode_task_layer[2].weight.grad
+    actual = model.tokenizer.encode_task_layer[2].weight.grad
 
     features = model.tokenizer(images)
     assert torch.equal(result.features, features.detach().permute(0, 2, 3, 1).reshape(2, -1, 8))
@@ -287,7 +286,7 @@ def test_losses_and_straight_through_gradient(monkeypatch):
     (at_code,) = torch.autograd.grad(reconstruction, leaf)
     surrogate = (features * at_code).sum() + 0.7 * commitment
     (expected,) = torch.autograd.grad(surrogate, model.tokenizer.encode_task_layer[2].weight)
-    assert expected.abs().max() > 0 and torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert expected.abs().max() > 0 and torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
 
     # and the decoder's gradient at a code is that of finite differences
     step = torch.zeros_like(codes)
@@ -313,7 +312,7 @@ def test_codes_follow_by_the_moving_average():
 
 
 def test_dead_codes_come_back():
-    """A dead code becomes a current feature, gets the average usage, and is used from then on."""
+    """A dead code becomes a current feature with the average usage, and is used afterwards."""
     model = training(codes=30)
     features = F.normalize(torch.randn(200, 8) + 3 * torch.randn(8), dim=1)
     model.tokenizer.codebook[10:] = -features.mean(0) / features.mean(0).norm()  # on the far side
@@ -334,31 +333,31 @@ def test_the_codebook_starts_with_k_means():
     model = training(codes=4)
     features = F.normalize(torch.randn(200, 8), dim=1)
     model.init_codebook_kmeans(features, seed=3)
-    found = KMeans(4, max_iter=10, seed=3).fit(features)
-    assert torch.equal(model.tokenizer.codebook, found.centroids / found.centroids.norm(dim=1, keepdim=True))
-    assert torch.equal(model.usage, found.counts / 200)
+    actual = KMeans(4, max_iter=10, seed=3).fit(features)
+    assert torch.equal(model.tokenizer.codebook, actual.centroids / actual.centroids.norm(dim=1, keepdim=True))
+    assert torch.equal(model.usage, actual.counts / 200)
     with refused("vocab_size"):
         model.init_codebook_kmeans(features[:3])
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "arguments", "named"),
     [
         ("vit_tiny_patch16_224", {"embed_dim": 64, "num_heads": 2}, "num_heads=1"),
-        ("vit_tiny_patch16_224", {"class_token": False}, "plain ViT with class token"),
-        ("vit_tiny_patch16_224", {"init_values": 0.1}, "plain ViT .* unexpected: encoder.blocks.0.ls1.gamma"),
-        ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False, "embed_dim": 64, "num_heads": 1}, "GELU and norms"),
+        ("vit_tiny_patch16_224", {"class_token": False}, "class token"),
+        ("vit_tiny_patch16_224", {"init_values": 0.1}, "encoder.blocks.0.ls1.gamma"),
+        ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": False, "embed_dim": 64, "num_heads": 1}, "GELU"),
     ],
 )
-def test_encoders_that_the_layout_has_no_names_for(name, arguments, message):
+def test_encoders_that_the_layout_has_no_names_for(name, arguments, named):
     vit = create_vit(name, (12, 12), 4, model_args={"depth": 1, **arguments})
-    with pytest.raises(MapetError, match=message):
+    with refused(named):
         VQKDForTraining(vit, 5, config(10, decoder_depth=3))
 
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory):
-    """The stage on 200 crops of the photographs, with pixels as the teacher."""
+    """`train-tokenizer` on 200 crops of the photographs, with the teacher `pixels`."""
     folder = tmp_path_factory.mktemp("vqkd")
     rng = np.random.default_rng(0)
     (folder / "crops").mkdir()

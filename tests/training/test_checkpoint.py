@@ -56,8 +56,8 @@ def test_resumes_exactly_with_other_order_of_parameters(opt, tmp_path):
         group["params"].reverse()
     load_checkpoint(tmp_path, resumed, optimizer)
     train(resumed, optimizer, range(4, 8))
-    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(found, expected), name
+    for (name, expected), result in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(result, expected), name
 
 
 def test_names_and_states(tmp_path):

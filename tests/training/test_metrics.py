@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a few lines that stay in place on a terminal, log lines elsewhere."""
+"""Progress that a run shows: a few lines that stay in place on a terminal, log lines elsewhere."""
 
 import io
 from itertools import pairwise
@@ -60,7 +60,7 @@ def test_nothing_is_left_at_the_end(caplog):
 
 
 def test_an_epoch_s_line_has_the_means_of_its_steps(caplog):
-    """2 steps, 1 step, and 1 whose numbers were not finite; the next epoch starts anew."""
+    """2 steps, 1 step, and 1 non-finite; the next epoch starts from zero."""
     epoch = (((2, 4.0, 0.1), (1, 1.0, 0.4), (1, float("nan"), float("nan"))), ((4, 0.5, 0.5),))
     with caplog.at_level("INFO", "mapet"), ProgressDisplay(PretrainingTask(), 8, 0, io.StringIO()) as panel:
         for windows in epoch:

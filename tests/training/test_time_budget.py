@@ -29,7 +29,7 @@ BUDGET = {"schedule": "constant", "warmup_epochs": 0.5}
 
 @pytest.fixture(autouse=True)
 def one_thread(two_threads: None) -> None:
-    """Threads that wait for each other on a busy machine would make the time of a step a matter of chance."""
+    """One thread: on a busy machine the time of a step varies with several."""
     torch.set_num_threads(1)
 
 
@@ -37,21 +37,21 @@ def rates(total: int, warmup: int, change_at: int = -1, new_total: int = 0) -> l
     """Learning rates of all steps, with the number of steps changed before one of them."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = create_scheduler(optimizer, total, warmup, 0.5, "constant")
-    found = []
+    result = []
     for step in range(max(total, new_total)):
         if step == change_at:
             schedule.total_steps = new_total
         schedule.step_update(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
 
 
 def test_constant_then_decay_against_its_definition():
     """Linear to the peak, constant, then peak - (peak - min) sqrt(fraction of the last fifth): arXiv 2405.18392, equation 1."""
-    found = rates(100, 10)
-    assert found[0] == pytest.approx(1e-6) and found[5] == pytest.approx(1.0, abs=1e-5)
-    assert found[10:81] == [2.0] * 71
-    assert found[81:] == pytest.approx([2.0 - 1.5 * ((step - 80) / 20) ** 0.5 for step in range(81, 100)])
+    result = rates(100, 10)
+    assert result[0] == pytest.approx(1e-6) and result[5] == pytest.approx(1.0, abs=1e-5)
+    assert result[10:81] == [2.0] * 71
+    assert result[81:] == pytest.approx([2.0 - 1.5 * ((step - 80) / 20) ** 0.5 for step in range(81, 100)])
 
 
 @pytest.mark.parametrize(("total", "step", "new_total"), [(50, 30, 200), (200, 60, 90), (20, 15, 19), (3, 1, 40)])
@@ -77,7 +77,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_keeps_its_time_and_the_same_steps_give_the_same_weights(few_digits, tokenizer_dir, tokens_dir, tmp_path):
-    """A hopeless number of epochs is corrected; a run of the corrected epochs, without a budget, has the same weights bit for bit."""
+    """A hopeless number of epochs is corrected; a run of the corrected epochs, without a budget, has bit-exact weights."""
     options = {"images": few_digits, "tokenizer": tokenizer_dir, "tokens": tokens_dir} | PRETRAIN | BUDGET
     started = time.monotonic()
     mapet.pretrain(out=tmp_path / "timed", **options | {"epochs": 5000, "max_minutes": 0.1, "batch_size": 50})
@@ -125,7 +125,7 @@ def test_a_killed_run_keeps_its_time_and_has_the_weights_of_one_that_was_not(
 
 
 def test_the_time_before_a_kill_counts(tmp_path):
-    """The newest file of a folder whose process is gone tells until when it worked."""
+    """The newest file of a folder whose process is gone is the end of its work."""
     from mapet.config.pipeline import DemoConfig
 
     out = tmp_path / "run"

@@ -27,7 +27,7 @@ from mapet.reports.metrics import History
 from mapet.reports.page import REPORT_FILE, write_run_report
 from mapet.reports.render import render_macro
 from mapet.reports.study import write_report
-from mapet.reports.verdict import format_rows, judge_with_labels, judge_without_labels
+from mapet.reports.verdict import format_rows, summarize_comparisons, summarize_loss
 from mapet.run_state import CONFIG_FILE, RunState, can_start_in, elapsed_seconds, record, try_read_state
 from mapet.signals import RESUME_HINT
 from mapet.studies import trials as trial_runs
@@ -166,9 +166,9 @@ def _record_verdict(out: Path) -> None:
     evaluation = RunState.read(out).results.get("evaluation")
     if evaluation:
         num_images = RunState.read(out / "pretrain").counts["images"]
-        verdict = judge_with_labels(evaluation["comparisons"], evaluation["data"]["test_images"], num_images)
+        verdict = summarize_comparisons(evaluation["comparisons"], evaluation["data"]["test_images"], num_images)
     else:
-        verdict = judge_without_labels(History.read(out / "pretrain" / "metrics.jsonl"))
+        verdict = summarize_loss(History.read(out / "pretrain" / "metrics.jsonl"))
     for line in ["", *format_rows(verdict.table), verdict.sentence, verdict.advice.replace("RUN", str(out)), ""]:
         log.info("%s", line)
     record(out, results={"verdict": verdict._asdict()})

@@ -195,10 +195,10 @@ class DrawnOn:
             size: height and width of the mask, or that the annotation gives for the image, pixels.
         """
         image = read_orientation(file)
-        told = image.told_by_size(size)
-        self.num_stored += told is True
-        self.num_upright += told is False
-        self.num_unknown += told is None and image.turn != Orientation()
+        is_stored = image.is_stored_by_size(size)
+        self.num_stored += is_stored is True
+        self.num_upright += is_stored is False
+        self.num_unknown += is_stored is None and image.turn != Orientation()
 
     def as_stored(self, source: object) -> bool:
         """Return whether annotations whose size does not tell were drawn on the images as stored; warn if nothing tells."""

@@ -355,7 +355,7 @@ def compute_token_metrics(
 def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     """Yield a warning for each metric of a tokenizer that makes its tokens poor targets, with the value and what to change.
 
-    In order: too few patches to judge; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
+    In order: too few patches; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
     perturbation of `metrics.stability`, tokens that change under jitter, noise, JPEG or a shift, or stored tokens that differ from
     computed ones; tokens that follow from the position; neighbors with equal tokens; tokens that tell nothing of their neighbors; tokens
     that tell nothing of the class. There is no threshold for 'flip'. Thresholds are the constants of this module, such as

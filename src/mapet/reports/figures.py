@@ -68,7 +68,7 @@ def plot_tokenizer(sample: TokenSample, centroids: Float[Tensor, "V F"] | None, 
     if centroids is not None and vocab_size > 1:
         patches, tokens = patches_and_tokens(sample)
         counts = torch.bincount(tokens, minlength=vocab_size)
-        codes = plots.sample_codes_by_frequency(counts)
+        codes = plots.sample_codes_by_usage(counts)
         distances, nearest = nearest_codes(centroids.cpu(), codes, NUM_NEAREST)
         prototypes = plots.mean_patches(patches, tokens, vocab_size)
         figures["nearest_codes"] = plots.plot_nearest_codes(prototypes, counts, codes, nearest, distances)

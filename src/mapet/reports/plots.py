@@ -80,7 +80,7 @@ def code_colors(vocab_size: int) -> Float[np.ndarray, "V 3"]:
     return np.random.default_rng(7).uniform(0.05, 1.0, (vocab_size, 3))
 
 
-def sample_codes_by_frequency(counts: Int[Tensor, " V"]) -> Int[Tensor, " n"]:
+def sample_codes_by_usage(counts: Int[Tensor, " V"]) -> Int[Tensor, " n"]:
     """Pick up to `NUM_CODES_SHOWN` used codes, evenly spaced from the most frequent code (first) to the least frequent one.
 
     Args:
@@ -186,7 +186,7 @@ def plot_patches_by_code(patches: UInt8[Tensor, "n C h w"], tokens: Int[Tensor, 
         vocab_size: V.
     """
     counts = torch.bincount(tokens, minlength=vocab_size)
-    codes = sample_codes_by_frequency(counts)
+    codes = sample_codes_by_usage(counts)
     rows = [[Tile(patch) for patch in patches[tokens == code][:NUM_PATCHES_SHOWN]] for code in codes]
     title = "Patches that share a token (code and fraction of patches)"
     return plot_tiles(rows, _label_codes(codes, counts), 0.7, title)

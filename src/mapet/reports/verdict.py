@@ -24,8 +24,8 @@ class RunVerdict(NamedTuple):
     table: Sequence[Sequence[str]] = ()
 
 
-def judge_with_labels(comparisons: Sequence[Mapping[str, Any]], num_test: int, num_images: int) -> RunVerdict:
-    """Judge a backbone by its linear probe beside those of other features.
+def summarize_comparisons(comparisons: Sequence[Mapping[str, Any]], num_test: int, num_images: int) -> RunVerdict:
+    """Compare a backbone by its linear probe with those of other features.
 
     Args:
         comparisons: fields of `evaluation.controls.Verdict`, of the backbone against each other one, by names for the user.
@@ -70,7 +70,7 @@ def _advise(better: list[str], equal: list[str], worse: list[str], num_images: i
     return f"Next: {more}more time, `--time`, or another tokenizer, `--teacher`. Until then {ahead} are as good or better. {public}."
 
 
-def judge_without_labels(history: History) -> RunVerdict:
+def summarize_loss(history: History) -> RunVerdict:
     """Say that without labels nothing tells whether the features are good, and what the loss tells."""
     losses, unigram = history["loss"].values, history["unigram_entropy"].values
     learned = "It has learned something of the images"

@@ -367,7 +367,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
     images = list_as_trained(config.images, config, tokenizer.read_options)
     teacher = tokenizer.teacher
-    assert teacher is not None  # `load_tokenizer` makes it unless told not to
+    assert teacher is not None  # `load_tokenizer` makes it by default
     if distributed.rank() == 0:
         warn_outside_range(images, teacher.settings["channels"])
     store = _open_store(config, images, tokenizer)

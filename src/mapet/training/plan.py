@@ -97,7 +97,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Timings:
-    """What was timed on this machine with a candidate. Seconds are of all cores or the one device together, per image unless said otherwise.
+    """What was timed on this machine with a candidate. Seconds are of all cores or the one device together, per image unless stated otherwise.
 
     Attributes:
         training: of a training step.

@@ -14,7 +14,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 import mapet
 from mapet.config.shared import ReadOptions
 from mapet.data.sources import list_images
-from tests.data.readers.test_tiff import eight_bits, read, reason
+from tests.data.readers.test_tiff import decode_error, map_to_8_bits, read
 
 PATIENT = "Planted^Patient"
 LOCAL = [  # of pydicom's own test files: 8 transfer syntaxes
@@ -73,10 +73,10 @@ def test_twelve_bits_slope_and_intercept(tmp_path, twelve, photometric):
     )  # of 12 bits the upper 8
     for syntax in (ExplicitVRLittleEndian, RLELossless):
         write(tmp_path / "b.dcm", twelve, photometric, 12, syntax, RescaleSlope=0.5, RescaleIntercept=-1024)
-        expected = seen(eight_bits(twelve * 0.5 - 1024, (-1000, 400)))
+        expected = seen(map_to_8_bits(twelve * 0.5 - 1024, (-1000, 400)))
         assert np.abs(read(tmp_path / "b.dcm", 1, value_range=(-1000, 400)) - expected).max() <= 1
         assert np.abs(read((tmp_path / "b.dcm").read_bytes(), 3, value_range=(-1000, 400)) - expected).max() <= 1
-    assert "--value-range" in reason(tmp_path / "b.dcm", 1)
+    assert "--value-range" in decode_error(tmp_path / "b.dcm", 1)
 
 
 def test_signed_values_padding_and_the_window_of_the_file(tmp_path):
@@ -87,8 +87,8 @@ def test_signed_values_padding_and_the_window_of_the_file(tmp_path):
         write(tmp_path / "a.dcm", array, PixelPaddingValue=-2000, **window, **attributes)
         result = read(tmp_path / "a.dcm", 1, value_range=(-3000, 4000))[0]
         physical = array * 2 + 10 if attributes else array
-        assert not result[0].any() and np.abs(result - eight_bits(physical, (-3000, 4000)))[1:].max() <= 1
-        assert "--value-range -160 240" in (text := reason(tmp_path / "a.dcm", 1)) and "-2000" not in text
+        assert not result[0].any() and np.abs(result - map_to_8_bits(physical, (-3000, 4000)))[1:].max() <= 1
+        assert "--value-range -160 240" in (text := decode_error(tmp_path / "a.dcm", 1)) and "-2000" not in text
 
 
 def test_frames_colors_and_files_without_a_suffix(tmp_path, twelve):
@@ -96,7 +96,7 @@ def test_frames_colors_and_files_without_a_suffix(tmp_path, twelve):
     (tmp_path / "scans").mkdir()
     write(tmp_path / "scans" / "IM0001", frames, bits=12)
     (tmp_path / "scans" / "README").write_text("no image")
-    assert "3 frames" in (text := reason(tmp_path / "scans" / "IM0001", 1)) and "--pages first" in text
+    assert "3 frames" in (text := decode_error(tmp_path / "scans" / "IM0001", 1)) and "--pages first" in text
     assert np.array_equal(read(tmp_path / "scans" / "IM0001", 3, pages="bands"), frames >> 4)
     images = list_images(tmp_path / "scans", ReadOptions(pages="each"))
     assert [images.id(i) for i in range(len(images))] == ["IM0001#1", "IM0001#2", "IM0001#3"] and images.ignored == 1
@@ -120,7 +120,7 @@ def test_files_of_pydicom_have_its_values(name):
             expected = pydicom.pixels.apply_modality_lut(expected, dataset).astype(np.float64)[..., None]
     low, high = float(expected.min()), float(expected.max())
     value_range = (low, high) if dataset.SamplesPerPixel == 1 and expected.shape[-1] == 1 else None
-    expected = eight_bits(expected, value_range).transpose(2, 0, 1)
+    expected = map_to_8_bits(expected, value_range).transpose(2, 0, 1)
     if dataset.PhotometricInterpretation == "MONOCHROME1":
         expected = 255 - expected
     channels = len(expected)
@@ -132,7 +132,9 @@ def test_files_of_pydicom_have_its_values(name):
 def test_without_pydicom_the_refusal_names_the_command(tmp_path, twelve, monkeypatch):
     write(tmp_path / "a.dcm", twelve, bits=12)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    assert "pip install '.[medical]'" in reason(tmp_path / "a.dcm", 1) and "DICOM" in reason(tmp_path / "a.dcm", 1)
+    assert "pip install '.[medical]'" in decode_error(tmp_path / "a.dcm", 1) and "DICOM" in decode_error(
+        tmp_path / "a.dcm", 1
+    )
 
 
 def test_no_attribute_of_a_patient_is_kept(tmp_path, twelve):

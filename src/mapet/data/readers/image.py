@@ -127,16 +127,16 @@ class StoredImage(NamedTuple):
     turn: Orientation
     size: tuple[int, int]
 
-    def told_by_size(self, annotated: tuple[int, ...]) -> bool | None:
+    def is_stored_by_size(self, annotated: tuple[int, ...]) -> bool | None:
         """Return whether an annotation of this (height, width) was drawn on the stored image, False if on the upright one, None if unknown."""
         if not self.turn.transpose or self.size[0] == self.size[1]:
             return None
         return True if annotated == self.size else False if annotated == self.size[::-1] else None
 
     def is_as_stored(self, annotated: tuple[int, ...], otherwise: bool) -> bool:
-        """Return `told_by_size`, or `otherwise` where that is unknown; False for an image that is upright as stored."""
-        told = self.told_by_size(annotated)
-        return self.turn != Orientation() and (otherwise if told is None else told)
+        """Return `is_stored_by_size`, or `otherwise` where that is unknown; False for an image that is upright as stored."""
+        by_size = self.is_stored_by_size(annotated)
+        return self.turn != Orientation() and (otherwise if by_size is None else by_size)
 
     def turn_box(self, left: float, top: float, width: float, height: float) -> list[float]:
         """Return [left, top, width, height] in the upright image of a box in the stored one, pixels."""

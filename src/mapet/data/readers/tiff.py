@@ -31,11 +31,11 @@ PLAIN_KINDS = ("generic", "uniform", "shaped")
 """Kinds of series in which every page is an image unless it is marked as a reduced copy."""
 logging.getLogger("tifffile").setLevel(
     logging.CRITICAL
-)  # what it says of a file is said by the error, or without effect
+)  # its warnings about a file repeat the error, or have no effect
 
 
-class TiffPicture(NamedTuple):
-    """A page that is a picture, and how to read it.
+class TiffImage(NamedTuple):
+    """A page that is an image, and how to read it.
 
     Attributes:
         page: its tags; those of the first page, if the file writes only these for a stack.
@@ -54,9 +54,9 @@ class TiffPicture(NamedTuple):
         return self.series.asarray(maxworkers=1).reshape(-1, *self.page.shape)[self.plane]
 
 
-def list_pictures(tiff: TiffFile) -> list[TiffPicture]:
-    """Return the pages that are pictures of their own: neither reduced copies of others, nor masks of them."""
-    pictures = []
+def list_image_pages(tiff: TiffFile) -> list[TiffImage]:
+    """Return the pages that are images of their own: neither reduced copies of others, nor masks of them."""
+    image_pages = []
     # tifffile takes pages of falling sizes for the levels of a pyramid; those of slide scanners are, whatever their tags say.
     levels = [level for series in tiff.series for level in (series.levels if series.kind in PLAIN_KINDS else [series])]
     for series in levels:
@@ -65,16 +65,16 @@ def list_pictures(tiff: TiffFile) -> list[TiffPicture]:
         count = series.size // series.keyframe.size
         pages = [page for page in series.pages if page is not None]
         if len(pages) == count:
-            pictures += [TiffPicture(page) for page in pages]
+            image_pages += [TiffImage(page) for page in pages]
         else:
-            pictures += [TiffPicture(series.keyframe, series, index) for index in range(count)]
-    return pictures
+            image_pages += [TiffImage(series.keyframe, series, index) for index in range(count)]
+    return image_pages
 
 
 def count_tiff_pages(file: ImageFile) -> int:
-    """Return the number of pages that are pictures, at least 1."""
+    """Return the number of pages that are images, at least 1."""
     with TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
-        return max(1, len(list_pictures(tiff)))
+        return max(1, len(list_image_pages(tiff)))
 
 
 def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | None) -> DecodedImage:
@@ -92,11 +92,11 @@ def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | 
         Exception: of any kind, from a damaged file.
     """
     with TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
-        pictures = list_pictures(tiff)
-        if not pictures:
+        image_pages = list_image_pages(tiff)
+        if not image_pages:
             raise ImageDecodeError("TIFF without a page")
-        chosen = choose_page(len(pictures), "page", options, page)
-        used = pictures if chosen is None else [pictures[chosen]]
+        chosen = choose_page(len(image_pages), "page", options, page)
+        used = image_pages if chosen is None else [image_pages[chosen]]
         first = used[0].page.keyframe
         check_pixel_count(first.imagelength, first.imagewidth)
         if first.nbytes * len(used) > MAX_BYTES:
@@ -114,9 +114,9 @@ def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | 
             return open_with_pillow(file, channels, options)  # inks, and subsampled colors, that Pillow converts
         if first.photometric > PHOTOMETRIC.PALETTE and first.photometric != PHOTOMETRIC.YCBCR:
             raise ImageDecodeError(f"TIFF of {PHOTOMETRIC(first.photometric).name} colors: convert it to RGB")
-        if any(picture.page.keyframe.shape != first.shape for picture in used):
+        if any(item.page.keyframe.shape != first.shape for item in used):
             raise ImageDecodeError(f"{len(used)} pages of several sizes: {options.pages} needs pages of one size")
-        arrays = [_bands_last(picture.array(), first) for picture in used]
+        arrays = [_bands_last(item.array(), first) for item in used]
     return _make_image(np.concatenate(arrays, axis=2), first, len(used) > 1, channels, options)
 
 

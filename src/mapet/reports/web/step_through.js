@@ -7,7 +7,7 @@ const FRAME_COLORS = ["#ffffff", "#D55E00"]; // a white frame around an orange o
 class StepThrough {
   /**
    * data: what `step_through` of figures.py returns: grid ([rows, columns]), size ([height, width]), hidden (number of masked patches, 0 if no
-   *   tokens are predicted), sees_targets, sees_positions, images (order and tokens of patches, predicted, sure, chance, pictures).
+   *   tokens are predicted), sees_targets, sees_positions, images (order and tokens of patches, predicted, sure, chance, image data).
    * root: the element that holds the canvases (data-shows) and controls.
    */
   constructor(data, root) {
@@ -21,7 +21,7 @@ class StepThrough {
     this.numContext = data.hidden ? this.numPatches - data.hidden : 0;
     this.numSteps = data.hidden || this.numPatches;
     for (const name of ["slider", "opacity", "back", "next", "play"]) this[name] = root.querySelector(`[data-${name}]`);
-    this.sentence = root.querySelector(".said");
+    this.sentence = root.querySelector(".sentence");
     this.slider.max = this.numSteps;
     on(root, "select", "change", (select) => this.select(select.value));
     on(root, "[data-slider]", "input", (slider) => this.go(Number(slider.value)));

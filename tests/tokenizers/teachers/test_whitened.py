@@ -22,14 +22,14 @@ SHAPES = {"image_size": 8, "patch_size": 2, "channels": 1, "vocab_size": 16, "km
 
 def plain_windows(image, patch_size, window):
     """The normalized pixels of the window around each patch, (patches, F), of an image (C, H, W) of pixels 0..255, in float64."""
-    before, found = (window - patch_size) // 2, []
+    before, result = (window - patch_size) // 2, []
     padded = np.pad(image.astype(float), ((0, 0), (window, window), (window, window)), mode="edge")
     for top in range(0, image.shape[1], patch_size):
         for left in range(0, image.shape[2], patch_size):
             y, x = top + window - before, left + window - before
             pixels = padded[:, y : y + window, x : x + window].ravel()
-            found.append((pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 10))
-    return np.array(found)
+            result.append((pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 10))
+    return np.array(result)
 
 
 @pytest.mark.parametrize(("channels", "patch_size", "window"), [(3, 4, None), (2, 4, 5), (1, 6, 4)])
@@ -43,8 +43,8 @@ def test_whitened_is_zca_of_normalized_windows(channels, patch_size, window):
     values, vectors = np.linalg.eigh(np.cov(points.T))
     matrix = vectors @ np.diag(1 / np.sqrt(values + 0.1)) @ vectors.T
     expected = np.stack([(own - points.mean(0)) @ matrix for own in windows])
-    found = teacher(images).flatten(2).transpose(1, 2).numpy()
-    assert found.shape == expected.shape and np.abs(found - expected).max() < 1e-3
+    result = teacher(images).flatten(2).transpose(1, 2).numpy()
+    assert result.shape == expected.shape and np.abs(result - expected).max() < 1e-3
     assert teacher.label_free and teacher.weights_hash != teacher_of("whitened", (12, 24), patch_size).weights_hash
 
 
@@ -63,7 +63,7 @@ def test_several_teachers_are_balanced(monkeypatch):
     expected = torch.cat([part / total.sqrt() for part, total in zip(parts, totals, strict=True)], 1)
     torch.testing.assert_close(together(images), expected.float(), rtol=1e-4, atol=1e-5)
     assert together.name == "hog + pixels" and together.label_free
-    custom = "tests.tokenizers.test_whitened:brightness"
+    custom = "tests.tokenizers.teachers.test_whitened:brightness"
     monkeypatch.setenv("MAPET_TRUSTED_TEACHERS", custom)
     assert not teacher_of(("hog", custom), (8, 8), 4).label_free
     with refused("hog + pixels", "teacher_layer"):
@@ -75,7 +75,7 @@ def brightness(checkpoint):
 
 
 def test_whitening_is_kept_with_the_tokenizer(few_digits, tmp_path):
-    """Loaded without the images, it gives the tokens that are stored; the hash includes the whitening."""
+    """Loaded without the images, it gives the stored tokens; the hash includes the whitening."""
     options = SHAPES | {"teacher": ["hog", "whitened"], "whitened": {"window": 4}}
     fitted = mapet.fit_tokenizer(images=few_digits, out=tmp_path / "t", **options)
     tokenizer = load_tokenizer(tmp_path / "t")

@@ -9,12 +9,11 @@ import torch
 from PIL import Image
 
 import mapet
-from mapet.cli import main
 from mapet.evaluation.datasets import IGNORE_INDEX, load_segmentation_sets
 from mapet.evaluation.dense import mean_iou, pixel_accuracy, pixel_counts
 from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
-from tests.refused import refused
+from tests.refused import fails, refused
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +23,17 @@ def one_thread(two_threads):
 
 @pytest.fixture(scope="module")
 def scenes():
-    """40 pictures, 48 x 32 px, of a bright block on a dark ground, and where the block is."""
+    """40 images, 48 x 32 px, of a bright block on a dark ground, and where the block is."""
     rng = np.random.default_rng(0)
-    found = []
+    result = []
     for _ in range(40):
         image = rng.integers(0, 60, (32, 48, 3)).astype(np.uint8)
         where = np.zeros((32, 48), np.uint8)
         top, left = rng.integers(0, 3) * 8, rng.integers(0, 4) * 8
         where[top : top + 16, left : left + 24] = 1
         image[where == 1] += 150
-        found.append((image, where))
-    return found
+        result.append((image, where))
+    return result
 
 
 def write_folders(scenes, root, images="images", masks="masks", ids=(3, 7), void=255):
@@ -86,7 +85,7 @@ def test_folders_are_read_and_split(scenes, tmp_path):
     assert np.array_equal(train.class_map(5), expected(scenes[number][1]))
     beside, _ = load_segmentation_sets(tmp_path / "images", tmp_path / "masks", None, None)
     assert beside.images.hash == train.images.hash
-    with refused("[3, 255]"):
+    with refused("3, 255"):
         load_segmentation_sets(tmp_path, None, None, None, ignore=[3])
     with refused("00.png"):
         load_segmentation_sets(tmp_path / "images", tmp_path, None, None)
@@ -145,15 +144,15 @@ def test_heads_find_bright_blocks(layout, scenes, tmp_path, monkeypatch):
     if layout == "panoptic":
         root = write_panoptic(scenes, tmp_path / "coco")
         data = {"images": root / "images", "seg_masks": root / "panoptic.json"}
-    found = mapet.evaluate(
+    result = mapet.evaluate(
         backbone=[str(tmp_path / "vit")], **data, out=tmp_path / "out", protocols=["segmentation"], dense_epochs=12,
         device="cpu", precision="float32",
     )[str(tmp_path / "vit")]  # fmt: skip
-    assert found["segmentation_linear_miou"] > 0.8, found
-    assert found["segmentation_decoder_pixel_accuracy"] > 0.9, found
+    assert result["segmentation_linear_miou"] > 0.8, result
+    assert result["segmentation_decoder_pixel_accuracy"] > 0.9, result
     with (tmp_path / "out" / "per_class.csv").open() as file:
         ious = [float(row["fraction"]) for row in csv.DictReader(file) if row["metric"] == "segmentation_linear"]
-    assert sum(ious) / 2 == pytest.approx(found["segmentation_linear_miou"], abs=1e-6)
+    assert sum(ious) / 2 == pytest.approx(result["segmentation_linear_miou"], abs=1e-6)
 
 
 def test_test_masks_alone_are_refused(crops, tmp_path):
@@ -171,5 +170,6 @@ def test_masks_are_asked_for(crops, tmp_path, capsys):
         "--out",
         str(tmp_path / "o"),
     ]
-    assert main([*argv, "--protocols", "segmentation"]) == 2
-    assert "protocol 'segmentation' needs masks" in capsys.readouterr().err
+    fails(
+        capsys, *argv, "--protocols", "segmentation", named=["'segmentation'"], field="protocols", value="segmentation"
+    )

@@ -23,14 +23,14 @@ def plain_hog(image, patch_size, window, cells, bins):
     )  # the gradients of scikit-image are 0 in the outermost rows and columns
     padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), mode="edge")
     rows, columns = (side // patch_size for side in image.shape[1:])
-    found = np.empty((cells**2 * bins, rows, columns))
+    result = np.empty((cells**2 * bins, rows, columns))
     for row in range(rows):
         for column in range(columns):
             top, left = (pad - before + index * patch_size for index in (row, column))
             # One pixel more on each side gives the window's outermost pixels their gradients.
             crop = padded[:, top - 1 : top + window + 1, left - 1 : left + window + 1]
-            found[:, row, column] = descriptor(crop, window // cells, cells, bins)
-    return found
+            result[:, row, column] = descriptor(crop, window // cells, cells, bins)
+    return result
 
 
 def descriptor(crop, cell, cells, bins):
@@ -55,9 +55,9 @@ def descriptor(crop, cell, cells, bins):
 def test_hog_is_scikit_image_s(size, channels, patch_size, window, cells, bins):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, channels, *size), dtype=np.uint8))
     options = HOGOptions(window=window, cells=cells, bins=bins, color=2)
-    found = teacher_of("hog", size, patch_size, channels=channels, hog=options)(images)
-    assert found.shape[1] == cells**2 * bins + channels
-    for image, features in zip(images.double().numpy() / 255, found.numpy(), strict=True):
+    result = teacher_of("hog", size, patch_size, channels=channels, hog=options)(images)
+    assert result.shape[1] == cells**2 * bins + channels
+    for image, features in zip(images.double().numpy() / 255, result.numpy(), strict=True):
         expected = plain_hog(image, patch_size, window, cells, bins)
         assert np.abs(features[:-channels] - expected).max() < 1e-4
         rows, columns = expected.shape[1:]

@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl holds, each figure once, and can't stop or slow a run."""
+"""Trackers get what metrics.jsonl holds, each metric once, and can't stop or slow a run."""
 
 import json
 import logging
@@ -11,19 +11,18 @@ import pytest
 
 import mapet
 from mapet import distributed
-from mapet.cli import main
 from mapet.errors import Interrupted
 from mapet.training import run_folder as tracking
 from mapet.training.run_folder import Tracker, TrackerRun, finish_trackers
 from tests.commands.test_pipeline import StopAt
 from tests.conftest import PRETRAIN
-from tests.refused import refused
+from tests.refused import fails, refused
 
 ROWS = [{"step": 5, "loss": 2.5, "lr": 0.1}, {"step": 10, "loss": None}, {"step": 10, "probe/knn": 0.25}]
 
 
 class Fake:
-    """A tracker that remembers, and fails or waits where it is told to."""
+    """A tracker that records calls, and fails or waits at given steps."""
 
     def __init__(self, monkeypatch, name="wandb"):
         self.seen, self.configs, self.ids, self.ends = [], [], [], []
@@ -76,7 +75,7 @@ def warnings(caplog):
     return lambda: [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def test_a_run_that_was_stopped_goes_on_in_the_same_one(
+def test_a_stopped_run_resumes_in_the_same_tracker_run(
     few_digits, tokenizer_dir, tokens_dir, tmp_path, monkeypatch, warnings
 ):
     fake = Fake(monkeypatch)
@@ -92,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_in_the_same_one(
     assert fake.ids == [None, "new"] and fake.ends == [True, False]
     assert fake.configs[0]["epochs"] == 2 and fake.configs[0]["lr"] == 1e-3
     other = Fake(monkeypatch, "mlflow")
-    mapet.pretrain(**options | {"track": ["mlflow"]}, resume=True)  # nothing is left to do but this
+    mapet.pretrain(**options | {"track": ["mlflow"]}, resume=True)  # only this is left to send
     assert other.seen == fake.seen and len(fake.ids) == 2
     assert not warnings()
 
@@ -101,7 +100,7 @@ def test_after_a_kill_nothing_is_sent_twice_or_lost(monkeypatch, tmp_path):
     """The tracker was ahead of the checkpoint, or behind it."""
     fake = Fake(monkeypatch)
     track(tmp_path, ROWS)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")  # rewound to the checkpoint of step 5
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROWS[0]) + "\n")  # truncated to the checkpoint of step 5
     more = {"step": 15, "loss": 1.0}
     track(tmp_path, [*ROWS[1:], more])
     assert as_sent(fake.seen) == [*ROWS, more]
@@ -144,15 +143,12 @@ def test_the_first_process_alone_tracks(few_digits, tokenizer_dir, tokens_dir, t
     assert not fake.configs and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "run"])
-def test_what_is_not_installed_is_said_before_anything(stage, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["pretrain", "run"])
+def test_a_missing_tracker_is_an_error_before_anything_is_written(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "_is_installed", lambda name: False)
-    option = ["--pretrain.track"] if stage == "run" else ["--tokenizer", "none", "--track"]
-    assert main([stage, "--images", "none", "--out", str(tmp_path / "out"), *option, "wandb"]) == 2
-    assert (
-        f"{option[-1]} wandb needs the library wandb: pip install '.[track]' in mapet's folder"
-        in capsys.readouterr().err
-    )
+    option = ["--pretrain.track"] if command == "run" else ["--tokenizer", "none", "--track"]
+    argv = [command, "--images", "none", "--out", tmp_path / "out", *option, "wandb"]
+    fails(capsys, *argv, named=[f"{option[-1]} wandb", "pip install '.[track]'"])
 
 
 def test_a_folder_of_that_name_is_no_library(tmp_path, monkeypatch):
@@ -215,8 +211,8 @@ def read_mlflow(folder):
             assert rows.setdefault(point.step, {"step": point.step}).setdefault(name, value) == value
     params = {name: json.loads(value.replace("'", '"')) for name, value in runs[0].data.params.items()}
     assert runs[0].info.status == "FINISHED"
-    found = {("mapet", run.info.run_name, run.info.run_id) for run in runs}
-    return [rows[step] for step in sorted(rows)], found, params
+    result = {("mapet", run.info.run_name, run.info.run_id) for run in runs}
+    return [rows[step] for step in sorted(rows)], result, params
 
 
 def read_trackio(folder):
@@ -248,7 +244,7 @@ def test_the_real_ones(name, read, offline, tmp_path, warnings):
     for row in rows:
         together.setdefault(row["step"], {}).update(row)
     assert [together[step] for step in (5, 10, 15)] == [ROWS[0], ROWS[1] | ROWS[2], more]
-    assert sum(len(row) - 1 for row in rows) == 5  # each figure once
+    assert sum(len(row) - 1 for row in rows) == 5  # each metric once
     assert [run[:2] for run in runs] == [("mapet", "photos-pretrain")]
     assert config["lr"] == 0.1 and config["model_args"] == {"depth": 2}
     assert not warnings()

@@ -32,7 +32,7 @@ def one_thread(two_threads):
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory):
-    """60 pictures, 32 px, with a red block, a green one, both or none; ids and categories out of order, one crowd."""
+    """60 images, 32 px, with a red block, a green one, both or none; ids and categories out of order, one crowd."""
     root = tmp_path_factory.mktemp("coco")
     (root / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -75,23 +75,23 @@ def vit(tmp_path_factory):
 
 
 def test_annotations_are_read(coco):
-    found = read_instances(coco / "instances.json", coco / "images")
-    assert found.classes == ["green", "red"] and found.category_ids == [7, 44]
-    assert found.image_ids[:3] == [900, 899, 898]
-    assert found.image_labels[:4].tolist() == [
+    actual = read_instances(coco / "instances.json", coco / "images")
+    assert actual.classes == ["green", "red"] and actual.category_ids == [7, 44]
+    assert actual.image_ids[:3] == [900, 899, 898]
+    assert actual.image_labels[:4].tolist() == [
         [1, 0],
         [0, 1],
         [1, 0],
         [1, 1],
     ]  # the first is a crowd: shown, without a box
-    assert [len(boxes) for boxes in found.boxes[:4]] == [0, 1, 1, 2]
-    assert (found.boxes[3][:, 2:] - found.boxes[3][:, :2] == 16).all() and sorted(found.labels[3]) == [0, 1]
+    assert [len(boxes) for boxes in actual.boxes[:4]] == [0, 1, 1, 2]
+    assert (actual.boxes[3][:, 2:] - actual.boxes[3][:, :2] == 16).all() and sorted(actual.labels[3]) == [0, 1]
     train, test = load_detection_sets(coco / "images", coco / "instances.json", None, None)
     assert (len(train.image_ids), len(test.image_ids)) == (48, 12)
     assert not set(train.image_ids) & set(test.image_ids)
 
 
-def test_wrong_annotations_are_told(coco, tmp_path):
+def test_wrong_annotations_are_refused(coco, tmp_path):
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}], "annotations": [], "categories": []}')
     with refused("COCO"):
         read_instances(tmp_path / "a.json", coco / "images")
@@ -100,11 +100,11 @@ def test_wrong_annotations_are_told(coco, tmp_path):
 
 
 def test_multi_label(coco, vit, tmp_path):
-    found = mapet.evaluate(
+    actual = mapet.evaluate(
         backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=tmp_path / "out",
         protocols=["multi-label", "feature-rank"], **QUICK,
     )[str(vit)]  # fmt: skip
-    assert found["multi_label_map"] > 0.8, found  # by chance: about a half
+    assert actual["multi_label_map"] > 0.8, actual  # by chance: about a half
     result = RunState.read(tmp_path / "out").results["backbones"][str(vit)]["multi-label"]
     metric = result["metrics"]["multi_label_map"]
     assert metric["ci_low"] <= metric["value"] <= metric["ci_high"] and set(result["details"]["ap"]) == {"green", "red"}
@@ -120,7 +120,7 @@ def test_detection_without_its_library(coco, vit, tmp_path, monkeypatch):
 
 
 def test_coco_s_own_figures(coco):
-    """The truth scores 1; shifted to overlap by a half of the union it counts at 0.5 and no higher."""
+    """Ground truth has AP 1; boxes with IoU 0.5 count at threshold 0.5 and no higher."""
     pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     data = read_instances(coco / "instances.json", coco / "images")
     boxes = [one for one in data.record["annotations"] if not one["iscrowd"]]
@@ -136,7 +136,7 @@ def test_coco_s_own_figures(coco):
     assert coco_metrics(data, []) == {"AP": 0, "AP50": 0, "AP75": 0}
 
 
-def of_detection(coco, vit, out, protocol="detection", **options):
+def detection_metrics(coco, vit, out, protocol="detection", **options):
     pytest.importorskip("pycocotools")
     return mapet.evaluate(
         backbone=[str(vit)], images=coco / "images", annotations=coco / "instances.json", out=out, protocols=[protocol],
@@ -146,24 +146,24 @@ def of_detection(coco, vit, out, protocol="detection", **options):
 
 @pytest.mark.parametrize("protocol", ["detection", "detection-finetune"])
 def test_detection_from_annotations_to_figures(protocol, coco, vit, tmp_path):
-    """Six pictures, one pass, whether the backbone is trained or not."""
+    """Six images, one pass, whether the backbone is trained or not."""
     record = json.loads((coco / "instances.json").read_text())
-    kept = {image["id"] for image in record["images"][1:7]}
+    retained = {image["id"] for image in record["images"][1:7]}
     part = {
-        key: [one for one in record[key] if one[name] in kept]
+        key: [one for one in record[key] if one[name] in retained]
         for key, name in (("images", "id"), ("annotations", "image_id"))
     }
     (tmp_path / "coco" / "images").mkdir(parents=True)
     (tmp_path / "coco" / "instances.json").write_text(json.dumps(record | part))
     for image in part["images"]:
         (tmp_path / "coco" / "images" / image["file_name"]).symlink_to(coco / "images" / image["file_name"])
-    found = of_detection(tmp_path / "coco", vit, tmp_path / "out", protocol, dense_epochs=1)
+    actual = detection_metrics(tmp_path / "coco", vit, tmp_path / "out", protocol, dense_epochs=1)
     prefix = protocol.replace("-", "_")
-    assert {f"{prefix}_AP", f"{prefix}_AP50"} <= set(found) and all(0 <= value <= 1 for value in found.values())
+    assert {f"{prefix}_AP", f"{prefix}_AP50"} <= set(actual) and all(0 <= value <= 1 for value in actual.values())
 
 
-class Found(torch.nn.Module):
-    """In the detector's place: in training it notes its targets, else it finds the second class and, below it, the first."""
+class FixedDetector(torch.nn.Module):
+    """A fake detector: in training it records targets, else it returns the second class and, below it, the first."""
 
     def __init__(self):
         super().__init__()
@@ -189,16 +189,16 @@ def context(coco, vit, tmp_path):
 def test_boxes_are_written_with_the_file_s_own_ids_in_coco_s_layout(context):
     """Left, top, width, height; class 1 of the network is the first category, 7, and class 2 is 44."""
     data = context.data.boxes[1]
-    found = _detect(Found(), context.backbone, DetectionImages(context, context.backbone, data))
-    assert [one["image_id"] for one in found] == [i for i in range(900, 892, -1) for _ in range(2)]
-    assert [one["category_id"] for one in found] == [44, 7] * 8
-    assert found[0]["bbox"] == [1, 2, 10, 20] and found[1]["bbox"] == [0, 16, 32, 16]
-    assert [one["score"] for one in found[:2]] == pytest.approx([0.9, 0.4])
+    actual = _detect(FixedDetector(), context.backbone, DetectionImages(context, context.backbone, data))
+    assert [one["image_id"] for one in actual] == [i for i in range(900, 892, -1) for _ in range(2)]
+    assert [one["category_id"] for one in actual] == [44, 7] * 8
+    assert actual[0]["bbox"] == [1, 2, 10, 20] and actual[1]["bbox"] == [0, 16, 32, 16]
+    assert [one["score"] for one in actual[:2]] == pytest.approx([0.9, 0.4])
 
 
 def test_a_detector_is_trained_on_the_boxes_of_its_images(context):
     """Red blocks are class 2, green ones class 1 of the network, 0 being the ground; two passes in other orders."""
-    detector, data = Found(), context.data.boxes[0]
+    detector, data = FixedDetector(), context.data.boxes[0]
     _train_detector(detector, context.backbone, DetectionImages(context, context.backbone, data))
     assert len(detector.targets) == 16 and detector.weight.item() < 1
     for image, target in detector.targets:
@@ -212,7 +212,7 @@ def test_a_detector_is_trained_on_the_boxes_of_its_images(context):
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_backbone_is_trained_only_where_asked(trained, context):
-    """And then in a copy of its own: other protocols go on with the frozen one."""
+    """A copy is trained: other protocols use the frozen backbone."""
     before = {name: tensor.clone() for name, tensor in context.backbone.model.state_dict().items()}
     encoder = context.backbone.with_image_size((32, 32), copy_weights=True)
     detector = make_detector(encoder, 2, trained)
@@ -234,7 +234,7 @@ def test_the_backbone_is_trained_only_where_asked(trained, context):
 
 
 def test_multi_label_targets_are_those_of_the_rows(coco, tmp_path):
-    """A network that sees how red and how green each cell is: average precisions are 1, and chance if labels move a row."""
+    """Features are the red and green of each cell: average precisions are 1, and at chance if labels move a row."""
     data = read_instances(coco / "instances.json", coco / "images")
     train, test = data.subset(np.arange(1, 40)), data.subset(np.arange(40, 60))  # without the crowd
     encoder = BackboneWrapper(
@@ -263,5 +263,5 @@ class Cells(torch.nn.Module):
 
 @pytest.mark.slow
 def test_detector_learns_blocks(coco, vit, tmp_path):
-    found = of_detection(coco, vit, tmp_path / "out", dense_epochs=12)
-    assert found["detection_AP50"] > 0.3, found
+    actual = detection_metrics(coco, vit, tmp_path / "out", dense_epochs=12)
+    assert actual["detection_AP50"] > 0.3, actual

@@ -59,7 +59,7 @@ def features(root, name, **options) -> np.ndarray:
 
 
 def test_raw_files_give_the_features_of_training_time(trained, tmp_path):
-    """Bit for bit those of the 8-bit values that the range is defined to give; a forgotten range gives others."""
+    """Bit-exact features of the 8-bit values that the range defines; without the range they differ."""
     stored = features(trained, "scans")
     assert np.array_equal(stored, features(trained, "arrays"))
     mapet.embed(

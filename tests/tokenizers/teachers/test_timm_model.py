@@ -85,12 +85,12 @@ def test_features_are_those_of_open_clip(name, kind, tmp_path):
     with torch.inference_mode():
         normal = (images / 255 - mean) / std
         last = 11 if name.startswith("vit") else 4
-        theirs = model.visual.forward_intermediates(
+        reference = model.visual.forward_intermediates(
             normal, indices=[last], intermediates_only=True, normalize_intermediates=False
         )
-    theirs = theirs["image_intermediates"][0]
-    assert ours.shape == theirs.shape
-    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
+    reference = reference["image_intermediates"][0]
+    assert ours.shape == reference.shape
+    assert torch.allclose(ours, reference, rtol=1e-4, atol=1e-4 * reference.abs().max())
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
@@ -101,7 +101,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 
 def test_k_clip_stands_for_the_options_of_the_paper():
-    """Those given beside the name hold; the config records the timm model."""
+    """Explicit options override those of the name; the config records the timm model."""
     preset = TeacherOptions(teacher="k-clip")
     assert (preset.teacher, preset.teacher_image_size) == (("resnet50x64_clip.openai",), (448, 448))
     assert (preset.teacher_layer, preset.teacher_output) == (-1, "block")
@@ -167,16 +167,16 @@ def test_vqkd_clip_gives_the_targets_of_beit_v2(tmp_path):
     with torch.inference_mode():
         expected = beit2_targets(weights, (images / 255 - mean) / std)
     teacher = teacher_of("vqkd-clip", (224, 224), 16, teacher_checkpoint=str(path))
-    found = teacher(images)
-    assert found.shape == (2, 512, 14, 14) and teacher.native_grid == (14, 14)
-    error = found.flatten(2).transpose(1, 2) - expected
+    result = teacher(images)
+    assert result.shape == (2, 512, 14, 14) and teacher.native_grid == (14, 14)
+    error = result.flatten(2).transpose(1, 2) - expected
     assert error.abs().max() < 1e-4 * expected.abs().max()
     assert teacher.settings["output"] == "projection"
 
 
 @pytest.mark.slow
 def test_k_clip_is_the_last_stage_of_rn50x64_before_the_attention_pool(tmp_path):
-    """The stages run one after the other here, at the widths and depths of the published model, with random weights."""
+    """Run the stages one after the other, at the widths and depths of the published model, with random weights."""
     torch.manual_seed(0)
     visual = ModifiedResNet(layers=[3, 15, 36, 10], output_dim=1024, heads=64, image_size=448, width=128).eval()
     path = save({f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}, "safetensors", tmp_path)

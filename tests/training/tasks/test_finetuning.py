@@ -1,4 +1,4 @@
-"""What fine-tuning's options do, on pictures of one gray each: no view and no flip changes them, and a step can be worked out."""
+"""What fine-tuning's options do, on images of one gray each: views and flips do not change them, and a step can be computed by hand."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from mapet.run_state import RunState
 from mapet.training import trainer
 from mapet.training.tasks import finetuning
 from tests.conftest import TINY
-from tests.refused import refused
+from tests.refused import fails, refused
 
 ONE_STEP = {"epochs": 1, "batch_size": 12, "warmup_epochs": 0, "drop_path": 0.0, "weight_decay": 0.0}
 CPU = {"device": "cpu", "precision": "float32"}
@@ -36,7 +36,7 @@ def one_thread(two_threads):
 
 @pytest.fixture(scope="module")
 def grays(tmp_path_factory):
-    """Six pictures of each of two classes: a is black and b white."""
+    """Six images of each of two classes: a is black and b white."""
     root = tmp_path_factory.mktemp("grays")
     for name, gray in (("a", 0), ("b", 255)):
         (root / name).mkdir()
@@ -60,7 +60,7 @@ def vit(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def its_classifier(vit, monkeypatch):
-    """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be worked out."""
+    """Fine-tuning draws a fresh classifier; here it starts with the folder's, so that its first step can be computed by hand."""
     load = finetuning.load_backbone
 
     def with_classifier(*args, **options):
@@ -73,7 +73,7 @@ def its_classifier(vit, monkeypatch):
 
 
 def tune(vit, grays, out, **options):
-    """Returns the weights that are saved and the rows of metrics.jsonl."""
+    """Return the saved weights and the rows of metrics.jsonl."""
     mapet.finetune(backbone=vit, images=grays, test_images=grays, out=out, **(ONE_STEP | CPU | options))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [
@@ -85,7 +85,7 @@ def tune(vit, grays, out, **options):
 
 @torch.no_grad()
 def log_chances(vit, whiteness):
-    """Of the classes, by the backbone as it starts, of pictures of a gray each."""
+    """Return the logits of the initial backbone for images of one gray each."""
     model = load_backbone(vit, global_pool="avg", fc_norm=False).eval()
     pixels = ((whiteness - 0.5) / 0.25).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
     return model(pixels).log_softmax(1)
@@ -124,8 +124,8 @@ def test_label_smoothing_in_the_loss_of_a_step(smoothing, vit, grays, tmp_path):
 
 
 @pytest.fixture
-def watched(its_classifier, monkeypatch):
-    """What goes into the model, and whether in training: (training, pixels in [0, 1]) of each batch; and the model."""
+def recorded_batches(its_classifier, monkeypatch):
+    """Record (training, pixels in [0, 1]) of each batch that the model gets; and the model."""
     seen, models, inner = [], [], finetuning.load_backbone
 
     def load(*source, **options):
@@ -138,16 +138,16 @@ def watched(its_classifier, monkeypatch):
     return seen, models
 
 
-def of(seen, training):
+def select_pixels(seen, training):
     return torch.cat([pixels for while_training, pixels in seen if while_training == training])
 
 
-def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, tmp_path):
-    """Of black and white the gray tells how much of each class the target is; it is smoothed as well."""
+def test_mixup_blends_images_and_labels_in_training_alone(recorded_batches, vit, grays, tmp_path):
+    """The gray of mixed black and white gives the target's mixture; label smoothing applies, too."""
     _, rows = tune(vit, grays, tmp_path / "out", mixup=1.0, label_smoothing=0.2)
-    trained, judged = (of(watched[0], training).mean((1, 2, 3)) for training in (True, False))
+    trained, evaluated = (select_pixels(recorded_batches[0], training).mean((1, 2, 3)) for training in (True, False))
     assert ((trained > 0.01) & (trained < 0.99)).sum() >= 2
-    assert sorted(judged.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
+    assert sorted(evaluated.round(decimals=4).tolist()) == [0.0] * 6 + [1.0] * 6
     white = trained * 0.8 + 0.1
     targets = torch.stack([1 - white, white], dim=1)
     assert rows[0]["loss"] == pytest.approx(float(-(targets * log_chances(vit, trained)).sum(1).mean()), rel=1e-4)
@@ -156,16 +156,19 @@ def test_mixup_blends_images_and_labels_in_training_alone(watched, vit, grays, t
 @pytest.mark.parametrize(
     ("options", "share"), [({"random_erasing": 1.0}, 0.6), ({"cutmix": 1.0, "seed": 1}, 0.1), ({}, 0.0)]
 )
-def test_boxes_are_erased_and_swapped_in_training_alone(options, share, watched, vit, grays, tmp_path):
+def test_boxes_are_erased_and_swapped_in_training_alone(options, share, recorded_batches, vit, grays, tmp_path):
     tune(vit, grays, tmp_path / "out", **(options | {"epochs": 3}))
-    uneven = [(of(watched[0], training).std((1, 2, 3)) > 0.01).float().mean() for training in (True, False)]
-    assert len(of(watched[0], True)) == 36 and uneven[1] == 0
+    uneven = [
+        (select_pixels(recorded_batches[0], training).std((1, 2, 3)) > 0.01).float().mean()
+        for training in (True, False)
+    ]
+    assert len(select_pixels(recorded_batches[0], True)) == 36 and uneven[1] == 0
     assert uneven[0] >= share if share else uneven[0] == 0
 
 
-def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, grays, tmp_path):
+def test_drop_path_rises_to_the_last_block_and_is_not_saved(recorded_batches, vit, grays, tmp_path):
     tune(vit, grays, tmp_path / "out", drop_path=0.4)
-    (model,) = watched[1]
+    (model,) = recorded_batches[1]
     rates = [
         getattr(layer, "drop_prob", 0.0) for block in model.blocks for layer in (block.drop_path1, block.drop_path2)
     ]
@@ -174,16 +177,16 @@ def test_drop_path_rises_to_the_last_block_and_is_not_saved(watched, vit, grays,
     assert not any(hasattr(block.drop_path1, "drop_prob") for block in saved.blocks)
 
 
-def test_moving_average_is_judged_and_saved(monkeypatch, vit, grays, tmp_path):
-    """The same training twice: judged are the weights of each step, and with `ema` their average, worked out here."""
+def test_moving_average_is_evaluated_and_saved(monkeypatch, vit, grays, tmp_path):
+    """Train twice: the weights of each step are evaluated, and with `ema_decay` their average, worked out here."""
     weights = []
 
-    def judge(model, *rest):
+    def classify(model, *rest):
         weights.append(model.head.weight.detach().clone())
         return original(model, *rest)
 
     original = finetuning.classify_images
-    monkeypatch.setattr(finetuning, "classify_images", judge)
+    monkeypatch.setattr(finetuning, "classify_images", classify)
     tune(vit, grays, tmp_path / "raw", epochs=6, lr=0.03)
     raw = weights.copy()
     weights.clear()
@@ -201,7 +204,7 @@ def test_moving_average_is_judged_and_saved(monkeypatch, vit, grays, tmp_path):
     ("options", "count"),
     [({"labels_per_class": 0.5}, 3), ({"labels_per_class": 2}, 2), ({"labels_per_class": 0.01}, 1)],
 )
-def test_labels_are_those_of_the_published_split(options, count, watched, vit, grays):
+def test_labels_are_those_of_the_published_split(options, count, recorded_batches, vit, grays):
     """The images of smallest BLAKE2b number, as docs/evaluation.md says it."""
     config = FinetuneConfig(
         backbone=str(vit), images=grays, test_images=grays, seed=5, **(ONE_STEP | CPU | options | {"batch_size": 1})
@@ -215,7 +218,7 @@ def test_labels_are_those_of_the_published_split(options, count, watched, vit, g
     train = tuned.train
     assert sorted(train.images.id(i) for i in range(len(train.images))) == sorted(ids["a"] + ids["b"])
     assert train.labels.tolist() == [0] * count + [1] * count
-    assert len(of(watched[0], True)) == 2 * count and tuned.num_test == 12  # all test images
+    assert len(select_pixels(recorded_batches[0], True)) == 2 * count and tuned.num_test == 12  # all test images
 
 
 ALL_THAT_IS_DRAWN = {
@@ -238,7 +241,7 @@ def interrupt(monkeypatch, at):
 
 @pytest.mark.parametrize("at", [0, 4, 5, 11])
 def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(at, vit, grays, tmp_path, monkeypatch):
-    """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, to the bit."""
+    """In the middle of an epoch, at its end and at the very end: weights, their average and the curve, bit-exact."""
     options = ALL_THAT_IS_DRAWN
     whole = tune(vit, grays, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
@@ -267,19 +270,15 @@ def test_fine_tuning_records_accuracy_and_provenance_together(vit, grays, tmp_pa
     assert {"accuracy", "provenance"} <= RunState.read(tmp_path / "out").results.keys()
 
 
-def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_fine_tuning_says_how_to_resume(vit, grays, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         with pytest.raises(Interrupted):
             tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN)
     for argv in (["export"], ["evaluate", "--images", str(grays)]):
-        assert main([*argv, "--backbone", str(tmp_path / "out"), "--out", str(tmp_path / "x")]) == 2
-        told = capsys.readouterr().err
-        assert (
-            f"Resume with: mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume" in told and "newest" not in told
-        )
-    assert main(["finetune", "--backbone", str(vit), "--images", str(grays), "--resume"]) == 2
-    assert "give --out" in capsys.readouterr().err
+        hint = f"mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume"
+        fails(capsys, *argv, "--backbone", tmp_path / "out", "--out", tmp_path / "x", named=[hint])
+    fails(capsys, "finetune", "--backbone", vit, "--images", grays, "--resume", named=["--out"])
     with refused("lr"):
         tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN | {"lr": 0.5}, resume=True)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
@@ -289,47 +288,50 @@ def test_an_unfinished_fine_tuning_says_how_to_go_on(vit, grays, tmp_path, monke
 def test_several_seeds_have_a_mean_and_an_interval(vit, grays, tmp_path, monkeypatch, capsys):
     options = ONE_STEP | CPU | {"backbone": vit, "images": grays, "test_images": grays}
     options |= {"lr": 1e-9, "labels_per_class": 2, "batch_size": 2}
-    judged = iter([3, 6, 12])
+    evaluated = iter([3, 6, 12])
     classes = torch.arange(12) % 2
     monkeypatch.setattr(  # so many of 12 are right
-        finetuning, "classify_images", lambda *_: (torch.eye(2)[classes ^ (torch.arange(12) >= next(judged))], classes)
+        finetuning,
+        "classify_images",
+        lambda *_: (torch.eye(2)[classes ^ (torch.arange(12) >= next(evaluated))], classes),
     )
-    go_on = f"saved. Resume with: mapet finetune {tmp_path}/out/config.yaml --resume"
-    for at, resume, told in ((1, False, "after seed 4"), (0, True, "at step 1 of 2")):  # two steps a seed
+    hint = f"mapet finetune {tmp_path}/out/config.yaml --resume"
+    for at, resume, progress in ((1, False, "seed 4"), (0, True, "step 1 of 2")):  # two steps a seed
         with monkeypatch.context() as patch:
             interrupt(patch, at)
-            with pytest.raises(Interrupted, match=f"{told}, {go_on}"):
+            with refused(progress, hint, kind=Interrupted):
                 mapet.finetune(**options, seed=4, num_seeds=3, out=tmp_path / "out", resume=resume)
     assert main(["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
-    told = RunState.read(tmp_path / "out").results
+    message = RunState.read(tmp_path / "out").results
     scores = {"seed-4": 0.25, "seed-5": 0.5, "seed-6": 1.0}
     figure = mean_over_seeds(list(scores.values()))
-    assert told == {"accuracy": figure.value, "ci95_low": figure.ci_low, "ci95_high": figure.ci_high, "seeds": scores}
+    assert message == {
+        "accuracy": figure.value,
+        "ci95_low": figure.ci_low,
+        "ci95_high": figure.ci_high,
+        "seeds": scores,
+    }
     splits = {
         RunState.read(tmp_path / "out" / name).results["provenance"]["finetuned"][0]["images"]["hash"]
         for name in scores
     }
     assert len(splits) > 1  # which labels are used is each seed's own
-    with refused("not empty"):
+    with refused(field="out"):
         mapet.finetune(**options, num_seeds=2, out=tmp_path / "out")
     again = ["finetune", str(tmp_path / "out" / "config.yaml"), "--resume"]
     for options_now in (
         ["--from-scratch"],
         ["--num-seeds", "1"],
         ["--lr", "0.5"],
-    ):  # not the figures of before under another name
-        assert main([*again, *options_now]) == 2
-        told = capsys.readouterr().err
-        assert (
-            "was started with another config" in told and f"mapet finetune {tmp_path}/out/config.yaml --resume;" in told
-        )
-    judged = iter([3])
+    ):  # not the metrics of before under another name
+        fails(capsys, *again, *options_now, named=[f"mapet finetune {tmp_path}/out/config.yaml --resume;"])
+    evaluated = iter([3])
     assert main([*again, "--num-seeds", "4"]) == 0
     assert main(again) == 0 and "num_seeds: 4" in (tmp_path / "out" / "config.yaml").read_text()
     assert set(RunState.read(tmp_path / "out").results["seeds"]) == {"seed-4", "seed-5", "seed-6", "seed-7"}
     with refused("seed-4"):
         load_backbone(tmp_path / "out")
-    judged = iter([3, 9])
+    evaluated = iter([3, 9])
     assert mapet.finetune(**options, num_seeds=2) == 0.5
 
 

@@ -1,4 +1,4 @@
-"""Protocols on a network that sees nothing but colors, of pictures of one color each: what they must find is known."""
+"""Protocols on features that are colors, of images of one color each: the results are known."""
 
 from types import SimpleNamespace
 
@@ -32,7 +32,7 @@ def one_thread(two_threads):
 
 
 class Colors(nn.Module):
-    """Two layers: the brightness, which tells no classes, and the color of each cell of 4 px. At other sizes than 8 px colors go round."""
+    """Two layers: the brightness, equal in all classes, and the color of each cell of 4 px. At sizes other than 8 px colors rotate."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Colors(nn.Module):
 
 
 def save(folder, colors, count, seed=0, spread=15):
-    """`count` pictures of each class, 8 x 8 px, each of one color near the class's."""
+    """`count` images of each class, 8 x 8 px, each of one color near the class's."""
     rng = np.random.default_rng(seed)
     for name, color in colors.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def colors_of(data):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """12 training and 6 test pictures of each color."""
+    """12 training and 6 test images of each color."""
     root = tmp_path_factory.mktemp("colors")
     return EvalData(
         *(
@@ -94,13 +94,13 @@ def values(outcome):
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_what_is_separable_is_told_apart(name, sets, tmp_path):
-    """And test labels that are one class further are all missed: so it is those that figures are of."""
-    found = values(PROTOCOLS[name].run(context_of(sets, tmp_path)))
-    assert found and set(found.values()) == {1.0}, found
+def test_separable_classes_are_separated(name, sets, tmp_path):
+    """Test labels shifted by one class give 0."""
+    result = values(PROTOCOLS[name].run(context_of(sets, tmp_path)))
+    assert result and set(result.values()) == {1.0}, result
     wrong = LabeledSet(sets.test.images, sets.test.classes, (sets.test.labels + 1) % 3)
-    found = values(PROTOCOLS[name].run(context_of(EvalData(sets.train, wrong), tmp_path)))
-    assert found and set(found.values()) == {0.0}, found
+    result = values(PROTOCOLS[name].run(context_of(EvalData(sets.train, wrong), tmp_path)))
+    assert result and set(result.values()) == {0.0}, result
 
 
 def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
@@ -111,17 +111,17 @@ def test_clusters_are_the_classes_whatever_they_are_called(sets, tmp_path):
             expected
         )
     mixed = LabeledSet(sets.test.images, sets.test.classes, np.arange(18) % 3)
-    found = values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, mixed), tmp_path)))
-    assert found["cluster_accuracy"] == pytest.approx(1 / 3) and found["cluster_nmi"] == pytest.approx(0, abs=1e-6)
+    result = values(PROTOCOLS["cluster"].run(context_of(EvalData(sets.train, mixed), tmp_path)))
+    assert result["cluster_accuracy"] == pytest.approx(1 / 3) and result["cluster_nmi"] == pytest.approx(0, abs=1e-6)
 
 
-def test_views_of_one_picture_are_alike(sets, tmp_path):
-    """Random boxes of one color have that color: the alignment is 0, to the float16 of features."""
-    found = values(PROTOCOLS["feature-rank"].run(context_of(sets, tmp_path)))
-    assert found["alignment"] < 1e-5 and found["dimensions"] == 3 and 1 < found["rankme"] < 3
+def test_views_of_one_image_are_alike(sets, tmp_path):
+    """Random crops of one color have that color: the alignment is 0 up to float16."""
+    result = values(PROTOCOLS["feature-rank"].run(context_of(sets, tmp_path)))
+    assert result["alignment"] < 1e-5 and result["dimensions"] == 3 and 1 < result["rankme"] < 3
     cosines = F.normalize(torch.from_numpy(colors_of(sets.train)), dim=1)
     others = ~torch.eye(36, dtype=torch.bool)
-    assert found["mean_cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
+    assert result["mean_cosine"] == pytest.approx(float((cosines @ cosines.T)[others].mean()), abs=1e-3)
 
 
 def test_neighbors_are_the_nearest_colors(sets, tmp_path):
@@ -143,7 +143,7 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
         LabeledSet.from_images(list_images(save(tmp_path / part, close, 40, seed, spread=60)))
         for seed, part in enumerate(PARTS)
     ]
-    found = PROTOCOLS["few-shot"].run(context_of(EvalData(*parts), tmp_path, few_shot=(2,), num_seeds=5))
+    result = PROTOCOLS["few-shot"].run(context_of(EvalData(*parts), tmp_path, few_shot=(2,), num_seeds=5))
     train, test = map(colors_of, parts)
     mean, deviation = train.mean(0), train.std(0)
     scores = []
@@ -151,14 +151,14 @@ def test_few_labels_are_a_logistic_regression_on_all_images_scale(tmp_path):
         rows = few_shot_split(parts[0], 2, seed)
         model = LogisticRegression(C=0.1, max_iter=300).fit((train[rows] - mean) / deviation, parts[0].labels[rows])
         scores.append((model.predict((test - mean) / deviation) == parts[1].labels).mean())
-    assert found.details["few_shot_2"] == pytest.approx(scores, abs=0.009)  # one picture, for float16
-    assert 0.4 < np.mean(scores) < 0.95 and found.metrics["few_shot_2"].value == pytest.approx(
-        np.mean(found.details["few_shot_2"])
+    assert result.details["few_shot_2"] == pytest.approx(scores, abs=0.009)  # one image, for float16
+    assert 0.4 < np.mean(scores) < 0.95 and result.metrics["few_shot_2"].value == pytest.approx(
+        np.mean(result.details["few_shot_2"])
     )
 
 
-def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
-    """Its blues and greens are reds above all, which it has none of: among blue and green alone they are what they are."""
+def test_another_folder_is_evaluated_on_shared_classes(sets, tmp_path):
+    """Its blues and greens score highest as red, a class that it lacks: among blue and green they are correct."""
     reddish = {"blue": (150, 10, 110), "green": (150, 110, 10), "violet": (150, 10, 150)}
     other = LabeledSet.from_images(list_images(save(tmp_path / "other", reddish, 5, spread=5)))
     outcome = PROTOCOLS["ood"].run(context_of(EvalData(sets.train, sets.test, {"dusk": other}), tmp_path))
@@ -181,7 +181,7 @@ def test_another_folder_is_judged_on_the_classes_it_shares(sets, tmp_path):
 
 
 def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
-    """At 12 px all colors are one further, so all are missed; the network itself stays as it was."""
+    """At 12 px all colors are one class further, so accuracy is 0; the network itself is unchanged."""
     context = context_of(sets, tmp_path, eval_image_sizes=[12, 8])
     assert values(PROTOCOLS["resolution"].run(context)) == {"resolution_12": 0.0, "resolution_8": 1.0}
     assert context.backbone.image_size == (8, 8) and context.backbone.model.turned == 0
@@ -190,7 +190,7 @@ def test_other_sizes_are_seen_by_the_network_of_that_size(sets, tmp_path):
     ]
 
 
-def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
+def test_corrupted_images_are_those_evaluated(tmp_path, monkeypatch):
     """Three grays, 70 apart: brightness adds 0.05 of white at severity 1, which changes no class, and 0.3 at 5, which makes
     each the next one."""
     grays = {"dark": (40,) * 3, "medium": (110,) * 3, "light": (180,) * 3}
@@ -208,7 +208,7 @@ def test_corrupted_pictures_are_those_that_are_judged(tmp_path, monkeypatch):
 
 
 def test_attentive_probe_s_learning_rates_fall_as_a_cosine(sets, tmp_path, monkeypatch):
-    """Three side by side, then the best anew: 2 passes of 5 batches each."""
+    """Three side by side, then the best again: 2 passes of 5 batches each."""
     rates = []
     step = torch.optim.AdamW.step
 

@@ -38,7 +38,7 @@ def make(objective, num_predict=None, drop_path=0.0, **args):
     return model
 
 
-def draw(batch=16):
+def draw_batch(batch=16):
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 64, 80, generator=generator)
     tokens = torch.randint(500, (batch, 80), generator=generator)
@@ -63,17 +63,17 @@ def test_step_is_the_cpu_s(objective, num_predict, precision, compile):
     exact = make(objective, num_predict, drop_path=0.2)
     rand = torch.rand(16, 6, generator=torch.Generator().manual_seed(2))
     indices = exact.sample_target_indices(20, [0])
-    model, batch = deepcopy(exact), replace(draw(), target_indices=indices, drop_path_rand=rand)
-    (wanted,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
+    model, batch = deepcopy(exact), replace(draw_batch(), target_indices=indices, drop_path_rand=rand)
+    (reference,) = ForwardBackward(exact, ComputeContext(torch.device("cpu"), torch.float32), 16)(batch)
     compute = ComputeContext.from_options("cuda", precision)
     step = ForwardBackward(prepare_for_device(model, compute), compute, 8)
     if compile:
         model.compile()
-    found = step(batch.to(compute.device))
-    assert float(sum(output.loss for output in found)) == pytest.approx(
-        float(wanted.loss), rel=1e-5 if precision == "float32" else 0.01
+    result = step(batch.to(compute.device))
+    assert float(sum(output.loss for output in result)) == pytest.approx(
+        float(reference.loss), rel=1e-5 if precision == "float32" else 0.01
     )
-    assert torch.equal(torch.cat([output.targets for output in found]).cpu(), wanted.targets)
+    assert torch.equal(torch.cat([output.targets for output in result]).cpu(), reference.targets)
     expected = gradients(exact)
     for name, gradient in gradients(model).items():
         assert gradient.dtype == torch.float32
@@ -93,7 +93,7 @@ def test_compiled_blocks_are_compiled_once():
     step = ForwardBackward(prepare_for_device(model, compute), compute, 16)
     model.compile()
     for _ in range(2):
-        step(replace(draw().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
+        step(replace(draw_batch().to(compute.device), drop_path_rand=torch.rand(16, 24, device="cuda")))
     # packing, the first block (the same code as the others', but traced for itself), the others, the last, the softmax
     assert counters["stats"]["unique_graphs"] == 5 and not counters["graph_break"]
 
@@ -106,8 +106,8 @@ def test_codebook_and_tokens_are_the_cpu_s(dtype):
     cpu, gpu = (KMeans(300, 10, dtype=dtype).fit(points.to(device)) for device in ("cpu", "cuda"))
     assert gpu.error == pytest.approx(cpu.error, rel=0.005)
     ids, distances = assign(points, cpu.centroids)
-    found, far = assign(points.cuda(), cpu.centroids.cuda())
-    assert torch.equal(found.cpu(), ids)
+    result, far = assign(points.cuda(), cpu.centroids.cuda())
+    assert torch.equal(result.cpu(), ids)
     assert torch.allclose(far.cpu(), distances, rtol=1e-4, atol=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_features_without_training_are_the_cpu_s(name):
     assert differing.float().mean() < 1e-3
 
 
-def test_out_of_memory_goes_on_with_fewer_images(caplog):
+def test_out_of_memory_halves_the_micro_batch(caplog):
     compute = ComputeContext.from_options("cuda", "bfloat16")
     torch.cuda.empty_cache()
     model = prepare_for_device(make(MAPET, embed_dim=384, depth=12), compute)
@@ -133,7 +133,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(3e9 / total)
     try:
-        loss = sum(output.loss for output in step(draw(512).to(compute.device)))
+        loss = sum(output.loss for output in step(draw_batch(512).to(compute.device)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert loss.isfinite() and step.micro_batch < 512
@@ -142,7 +142,7 @@ def test_out_of_memory_goes_on_with_fewer_images(caplog):
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool, monkeypatch):
-    """From images to a backbone; stopped in the middle and resumed it gives the same figures up to rounding."""
+    """From images to a backbone; stopped in the middle and resumed it gives the same metrics up to rounding."""
     torch._dynamo.reset()
     common = {"images": few_digits, "device": "cuda"}
     monkeypatch.setenv("MAPET_WORKERS", "2")
@@ -177,5 +177,5 @@ def test_run_resumes_and_learns(few_digits: Path, tmp_path: Path, compile: bool,
         assert other["loss"] == pytest.approx(one["loss"], rel=2e-3)
     assert whole[-1]["loss"] < whole[0]["loss"] - 0.3
     same = [one["loss"] == other["loss"] for one, other in zip(whole, parts, strict=True)]
-    print("windows with the same loss to the bit:", sum(same), "of", len(same))
+    print("windows with a bit-exact loss:", sum(same), "of", len(same))
     assert (tmp_path / "parts" / "backbone" / "model.safetensors").is_file()
