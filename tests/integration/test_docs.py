@@ -70,12 +70,12 @@ SMALL = {
     "finetune": "--epochs 1 --labels-per-class 4",
     "evaluate": "--protocols knn",
 }
-"""Options that replace those of the README, for 8 x 8 digits."""
+"""Options that replace those of the page of commands, for 8 x 8 digits."""
 
 
-def test_the_readme_s_commands_run_in_order(digits, tmp_path, monkeypatch, caplog):
+def test_commands_of_the_page_run_in_order(digits, tmp_path, monkeypatch, caplog):
     """Every command of the list, one after the other, on what those before it made; the page in a browser is omitted."""
-    (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "README.md").read_text(), flags=re.M)
+    (block,) = re.findall(r"(?:^    mapet .*\n){10,}", (ROOT / "docs" / "commands.md").read_text(), flags=re.M)
     monkeypatch.chdir(tmp_path)
     Path("PHOTOS").symlink_to(digits / "test")
     Path("LABELED").symlink_to(digits)
@@ -122,9 +122,9 @@ def test_readme_python(run_dir, photos, monkeypatch, tmp_path):
     assert torch.equal(features[0], features[-1]) and not torch.equal(features[0], features[2])
 
 
-def test_readme_study():
-    """The README's study file is one."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def test_study_of_the_page_of_commands():
+    """The page's study file is one."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "commands.md").read_text(), flags=re.S)
     cells = grid_trials(build_config(StudyConfig, yaml.safe_load(text)))
     assert len(cells) == 3 * 3 * 3
 
@@ -141,10 +141,10 @@ def test_objectives_page_names_every_objective_and_its_cost():
         assert float(row.split("|")[-2]) == pytest.approx(cost / costs["mim"], abs=0.006), name
 
 
-def test_every_command_is_in_the_readme_and_the_api():
-    readme = (ROOT / "README.md").read_text()
+def test_every_command_is_on_the_page_and_in_the_api():
+    page = (ROOT / "docs" / "commands.md").read_text()
     for name in COMMANDS:
-        assert f"`{name}`" in readme
+        assert f"`{name}`" in page
         assert getattr(mapet, name.replace("-", "_")) is COMMANDS[name]
 
 
@@ -171,3 +171,7 @@ def test_architecture_names_every_package():
         assert contents and f"| `{path.parent.name}/` | {contents.splitlines()[0]} |" in text, path
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert path.read_text().startswith("#")
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
