@@ -50,7 +50,7 @@ DEMO_CONFIG: dict[str, Any] = {
     "tokenize": {"views": "center"},
     "pretrain": {
         "objective": "mapet", "schedule": "cosine", "probe_every": None, "model_args": {"embed_dim": 64, "depth": 4, "num_heads": 4},
-        "epochs": 50, "batch_size": 64, "lr": 2e-3, "drop_path": 0.0,
+        "epochs": 25, "batch_size": 32, "lr": 2e-3, "drop_path": 0.0,
         "layer_scale_init": None, "color_jitter": 0.0,
     },
 }  # fmt: skip
