@@ -18,8 +18,8 @@ demo: $(READY)  ## pre-train on 1,437 handwritten digits, print what was learned
 	rm -rf demo
 	$(BIN)/mapet demo --out demo
 
-test: $(READY) lint  ## every test but the slow ones
-	$(BIN)/python -m pytest -q
+test: $(READY) lint  ## every test but the slow ones, on up to 4 cores
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(READY)  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
