@@ -10,6 +10,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from mapet.config.base import Config
+from mapet.config.limits import LimitOptions
 from mapet.errors import MapetError, option
 
 
@@ -136,7 +137,7 @@ AS_STORED = ReadOptions()
 """All bands of the only page, with 8-bit values as they are and the upper 8 of 16 bits."""
 
 
-class ImageOptions(ReadOptions):
+class ImageOptions(ReadOptions, LimitOptions):
     """Images, labeled or not."""
 
     images: Source
