@@ -66,20 +66,23 @@ class Loader(Generic[P, B]):
         """
         batches = iter(self.loader)
         self.alive.value = time.monotonic()
-        while True:
-            check_stop_request()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):  # after POLL_S
-                    raise
-                self._check_alive()
-                continue
-            if isinstance(batch, MapetError):
-                raise batch
-            yield batch
+        try:
+            while True:
+                check_stop_request()
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if not str(error).startswith("DataLoader timed out"):  # after POLL_S
+                        raise
+                    self._check_alive()
+                    continue
+                if isinstance(batch, MapetError):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # which ends the workers: a traceback would keep it, and the program wait for them at its end
 
     def _check_alive(self) -> None:
         """Raise MapetError if no worker has shown any sign of life for too long."""
@@ -134,6 +137,7 @@ def _send_error(queue: Any, error: Exception, batch: tuple[int, Any]) -> None:
     )
     refusal = MapetError(f"a process that reads images cannot hand over a batch ({first_line(error)}): {fix}")
     data = ForkingPickler.dumps((batch[0], refusal))
+    queue._sem.acquire()  # of the items in the queue, which Python has released for the batch
     with queue._wlock:
         queue._writer.send_bytes(data)
 
