@@ -124,7 +124,7 @@ def _end_if_stuck() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         ended.set()
-        os.write(writing, b"\0")  # its end cannot be told by closing: child processes have it open, too
+        os.write(writing, b"\0")  # closing would not end the read: child processes hold it open, too
         thread.join()
         os.close(reading)
         os.close(writing)

@@ -22,7 +22,7 @@ from mapet.signals import check_stop_request, ignore_signals_in_worker
 P = TypeVar("P")
 B = TypeVar("B")
 GRACE_S = 30.0
-"""Seconds beyond `Limits.read_timeout` after which a worker without a sign of life counts as stuck: by then it should have said so."""
+"""Seconds beyond `Limits.read_timeout` after which a worker without a sign of life counts as stuck: its own error comes before."""
 
 
 def load(
