@@ -25,8 +25,9 @@ import mapet
 from benchmarks.core import Result, Row, in_turns, median_ratio, timed
 from benchmarks.data import write_photos
 from benchmarks.tables import Table
-from mapet.data.dataset import ViewDataset, create_loader, position_batches
+from mapet.data.dataset import ViewDataset, position_batches
 from mapet.data.image_list import ImageList
+from mapet.data.loader import load
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, input_mean_std, normalize
@@ -113,7 +114,7 @@ def plain_transform(kind: str) -> Callable[[Image.Image], torch.Tensor]:
 def read_by_workers(dataset: ViewDataset, count: int) -> int:
     """Read 2,048 images in batches of 32, so many that starting the workers takes a small fraction."""
     os.environ["MAPET_WORKERS"] = "2"
-    return sum(1 for _ in create_loader(dataset, position_batches(range(count), 32, view_index=0) * (2048 // count)))
+    return sum(1 for _ in load(dataset.batch, position_batches(range(count), 32, view_index=0) * (2048 // count)))
 
 
 def make_tokens(folder: Path, images: ImageList, spec: ViewSpec) -> TokenStore:

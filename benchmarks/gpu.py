@@ -20,7 +20,8 @@ from benchmarks import gpu_data
 from benchmarks.core import Result, Row, save, time_limit
 from benchmarks.tables import Table
 from benchmarks.training_step import VOCAB_SIZE, compare, make_model
-from mapet.data.dataset import Batch, ViewDataset, create_loader, position_batches
+from mapet.data.dataset import Batch, ViewDataset, position_batches
+from mapet.data.loader import load
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, normalize
 from mapet.device import WORKERS, ComputeContext, usable_cores
@@ -101,7 +102,7 @@ def feed(
         step = ForwardBackward(network, compute, auto_micro_batch(network, batch, compute))
     num_batches = max(2, num_images // batch) + 1  # the first one starts the workers, and compiles
     indices = [index % len(dataset) for index in range(num_batches * batch)]
-    loader = iter(create_loader(dataset, position_batches(indices, batch), pin_memory=compute.device.type == "cuda"))
+    loader = iter(load(dataset.batch, position_batches(indices, batch), pin_memory=compute.device.type == "cuda"))
     waited = started = 0.0
     for index in range(num_batches):
         before = time.perf_counter()

@@ -54,6 +54,7 @@ HEADINGS = {
     "Search": "query features num_neighbors min_similarity",
     "Study": "tokenizers grid seeds compare_by equal_compute report_only devices",
     "Hardware": "device precision micro_batch_size compile fsdp memory_gb",
+    "Limits": "limits image_pixels image_bytes image_seconds archive_members archive_bytes read_timeout",
     "Output": "out license resume take_over figures figures_dir serve checkpoint_interval_min max_rollbacks log_interval probe_every probe_images "
     "track",
 }

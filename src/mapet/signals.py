@@ -7,9 +7,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from types import FrameType
+
+from mapet.errors import Interrupted
 
 log = logging.getLogger("mapet")
 
@@ -17,6 +19,10 @@ STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Sent by Ctrl-C, by `kill`, by a terminal that closes, and (the last two) by schedulers before they end a job."""
 REPEAT_GRACE_S = 2.0
 """Seconds in which a repeated signal is ignored: torchrun forwards a signal that the terminal has sent to all processes already."""
+WAIT_GRACE_S = 5.0
+"""Seconds after a signal in which what a command waits for, such as images, may still come, so that it stops at a good place."""
+STUCK_S = 9.0
+"""Seconds after a signal in which the main thread may be inside code that knows no signals; then the process ends: saved work is whole."""
 RESUME_HINT = [""]
 """One item, which commands replace: the command that resumes, printed if Ctrl-C comes while libraries are imported."""
 
@@ -27,9 +33,26 @@ class StopRequest:
 
     Attributes:
         signal_name: the signal that has asked the command to stop, e.g. 'SIGTERM'; '' while none has.
+        received_at: when it came, seconds of time.monotonic().
     """
 
     signal_name: str = ""
+    received_at: float = 0.0
+
+
+_requests: list[StopRequest] = []
+"""Those of the contexts of `stop_signals` that are open, the innermost last."""
+
+
+_handled_at = [0.0]
+"""When Python last called a handler of `stop_signals`, seconds of time.monotonic()."""
+
+
+def check_stop_request() -> None:
+    """Raise Interrupted if a signal asked to stop `WAIT_GRACE_S` ago; called by what waits, or works for long."""
+    for request in _requests:
+        if request.signal_name and time.monotonic() - request.received_at > WAIT_GRACE_S:
+            raise Interrupted(f"stopped by {request.signal_name} while it waited for images; what was saved is intact")
 
 
 @contextmanager
@@ -43,24 +66,78 @@ def stop_signals(action: str = "saving after this step") -> Iterator[StopRequest
         action: what the command does before it stops, for the log.
     """
     request = StopRequest()
-    received_at = 0.0  # seconds, of time.monotonic()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal received_at
+        _handled_at[0] = time.monotonic()
         if not request.signal_name:
-            request.signal_name, received_at = signal.Signals(number).name, time.monotonic()
+            request.signal_name, request.received_at = signal.Signals(number).name, time.monotonic()
             log.info("%s: %s (send it again to stop at once)", request.signal_name, action)
-        elif time.monotonic() - received_at > REPEAT_GRACE_S:
+        elif time.monotonic() - request.received_at > REPEAT_GRACE_S:
             raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     numbers = [n for n in _available_signals() if in_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, handle) for number in numbers}
+    _requests.append(request)
     try:
-        yield request
+        with _end_if_stuck() if numbers else nullcontext():
+            yield request
     finally:
+        _requests.remove(request)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _end_if_stuck() -> Iterator[None]:
+    """End the process `STUCK_S` after a signal whose handler Python could not call: it does that in the main thread, between two steps.
+
+    That thread may be inside a collective whose other ranks hang, or a write to a share that is away. Where the program has a wakeup
+    descriptor of its own, as asyncio does, or an outer context has, there is no second one.
+    """
+    before = signal.set_wakeup_fd(-1)
+    if before != -1:
+        signal.set_wakeup_fd(before)
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        names = {int(number): number.name for number in _available_signals()}
+        while number := os.read(reading, 1)[0]:
+            name, came_at = names.get(number), time.monotonic()
+            if name is None or ended.wait(STUCK_S) or _handled_at[0] > came_at - 1:
+                continue
+            os.write(
+                2,
+                f"mapet: ended by {name} while it waited for something that does not answer; what was saved is intact\n".encode(),
+            )
+            os._exit(128 + number)
+
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        ended.set()
+        os.write(writing, b"\0")  # closing would not end the read: child processes hold it open, too
+        thread.join()
+        os.close(reading)
+        os.close(writing)
+
+
+def _forget_wakeup() -> None:
+    """Leave the signals of a child process out of the parent's pipe."""
+    with suppress(ValueError):  # in a thread that is not the main one
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_wakeup)
 
 
 def exit_on_sigint_during_import() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -18,10 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mapet.errors import MAX_REASON_CHARS, MapetError, first_line
+from mapet.config.limits import limits
+from mapet.errors import MAX_REASON_CHARS, MapetError, first_line, option
 
 STATE_DICT_KEYS = ("state_dict", "model", "module", "ema", "params", "teacher")
 """Keys of a training checkpoint that may hold its weights, in the order in which they are tried."""
+MAX_NAMES = 200_000
+"""Tensors and modules in a file: few bytes can make modules of modules without end."""
 EXPORTED_GRAPHS = (".onnx", ".pt2")
 """Suffixes of graphs for inference, whose weights have no names that match a ViT's."""
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
@@ -48,11 +52,13 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             head = file.read(64)  # bytes: enough to recognize each format
         if not head:
             raise EOFError("it is empty")
+        _check_size(path.stat().st_size, "its size is")
         if path.suffix in EXPORTED_GRAPHS:
             raise ValueError("it is a graph for inference: give the run or the model folder that it was exported from")
         is_safetensors = head[8:9] == b"{"  # a JSON header, after 8 bytes that tell its length
         content = load_file(path) if is_safetensors else _read_torch(path, head)
         weights = _find_state_dict(content)
+        _check_size(sum(tensor.nbytes for tensor in weights.values()), "its tensors take")
         if not weights:
             entries = (
                 f" but {', '.join(map(str, content))[:MAX_REASON_CHARS]}"
@@ -104,26 +110,43 @@ def hash_weights(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest() if tensors else ""
 
 
-def _find_state_dict(content: object) -> dict[str, Tensor]:
+def _check_size(count: int, what: str) -> None:
+    """Raise ValueError if a file of weights, or what is in it, takes more bytes than `limits` allow."""
+    if count > limits().archive_bytes:
+        allowed = f"more than the {limits().archive_bytes:,} of {option('limits.archive_bytes')}"
+        raise ValueError(f"{what} {count:,} bytes, {allowed}")
+
+
+def _find_state_dict(content: object, seen: set[int] | None = None) -> dict[str, Tensor]:
     """Return the named tensors of a state dict, module or training checkpoint; {} if there are none.
 
     Args:
         content: what a file holds; modules are `_Stub`s of their attributes.
+        seen: `id` of the dicts that were looked into: one may be in many places, or in itself.
     """
-    if not isinstance(content, dict):
+    seen = set() if seen is None else seen
+    if not isinstance(content, dict) or id(content) in seen:
         return {}
+    seen.add(id(content))
     if not isinstance(content, _Stub):  # in a module 'model' may be the name of a submodule
         for key in STATE_DICT_KEYS:
-            if nested := _find_state_dict(content.get(key)):
+            if nested := _find_state_dict(content.get(key), seen):
                 return nested
-    weights = dict(_named_tensors(content))
+    weights: dict[str, Tensor] = {}
+    for visited, (name, tensor) in enumerate(_named_tensors(content)):
+        if visited == MAX_NAMES:
+            raise ValueError(f"it names more than {MAX_NAMES:,} tensors and modules")
+        if tensor is not None:
+            weights[name] = tensor
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     return weights
 
 
-def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor | None]]:
     """Yield (name, tensor) of a state dict, or of a module and its submodules, as the module's `state_dict()` names them.
+
+    A submodule comes as a name without a tensor, too, so that the caller can end modules of modules without end.
 
     Args:
         content: a dict of tensors, or the attributes of a module.
@@ -137,6 +160,7 @@ def _named_tensors(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value.detach()
         elif isinstance(value, _Stub):
+            yield f"{prefix}{name}", None
             yield from _named_tensors(value, f"{prefix}{name}.")
 
 
@@ -156,6 +180,8 @@ def _read_torch(path: Path, head: bytes) -> object:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pickle protocols and the source code of modules
+        if head[:2] == b"PK":
+            _check_archive(path)
         with suppress(Exception):
             return torch.load(path, map_location="cpu", weights_only=True)
         if LEGACY_MAGIC in head:  # from a path, torch would try to unpack it as a tar archive too
@@ -167,6 +193,24 @@ def _read_torch(path: Path, head: bytes) -> object:
             return torch.load(copy, "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
 
 
+def _check_archive(path: Path) -> None:
+    """Check that a zip archive of torch holds no more than its file: few bytes could become very many.
+
+    Raises:
+        EOFError: the archive is damaged.
+        ValueError: the pickle or tensors are compressed, which torch never does, or share their bytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if re.search(r"^[^/]*/(data\.pkl$|data/)", entry.filename)]
+    except zipfile.BadZipFile as error:
+        raise EOFError(f"its archive is damaged or cut off: {error}") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its tensors are compressed, which torch never does")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its entries are longer than the file: they share bytes")
+
+
 def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
     """Copy the pickle and the storages of torch's zip archive, without the code by which torch.load recognizes TorchScript.
 
@@ -176,7 +220,7 @@ def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
 
     Raises:
         EOFError: the archive is damaged.
-        ValueError: it is not one of torch, or its tensors are compressed: few bytes could become very many.
+        ValueError: it is not one of torch.
     """
     try:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as target:
@@ -187,8 +231,6 @@ def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
             target.writestr(f"{root}version", "3\n")
             for entry in archive.infolist():
                 if entry.filename.startswith((pickles[0], f"{root}byteorder", f"{root}data/")):
-                    if entry.compress_type != zipfile.ZIP_STORED:
-                        raise ValueError("its tensors are compressed, which torch never does")
                     with archive.open(entry) as source, target.open(entry.filename, "w", force_zip64=True) as part:
                         shutil.copyfileobj(source, part)
     except zipfile.BadZipFile as error:

@@ -19,6 +19,8 @@ from mapet.cli import main
 from mapet.errors import Interrupted
 from mapet.evaluation import embeddings
 from mapet.evaluation.features import BackboneWrapper
+from mapet.files import LOCK_FILE
+from mapet.lock import Holder
 from mapet.run_state import RunState
 from tests.refused import refused
 
@@ -65,6 +67,17 @@ def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_pat
     for row, chances in zip(rows, result, strict=False):
         assert float(row["probability"]) == pytest.approx(max(chances)) and not row["error"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_two_processes_do_not_write_one_file(tuned, digits, tmp_path):
+    folder = tmp_path / ".a.csv.partial"
+    folder.mkdir()
+    holder = Holder.of_this_process()._replace(host="elsewhere")
+    (folder / LOCK_FILE).write_text(json.dumps(holder))
+    options = {"backbone": tuned, "images": digits / "test", "out": tmp_path / "a.csv"} | CPU
+    with refused("elsewhere", "take_over"):
+        mapet.predict(**options)
+    assert mapet.predict(**options, take_over=True) == tmp_path / "a.csv" and not folder.exists()
 
 
 def test_held_out_probabilities_are_calibrated(tuned, digits, tmp_path):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from mapet.data.dataset import EpochBatchSampler, ViewDataset, create_loader, position_batches
+from mapet.data.dataset import EpochBatchSampler, ViewDataset, position_batches
 from mapet.data.image_list import ImageFiles
+from mapet.data.loader import load
 from mapet.data.readers.image import Box, DecodedImage
 from mapet.data.readers.jpeg import LazyJpeg
 from mapet.data.readers.open import open_image
@@ -239,7 +240,7 @@ def test_batches_do_not_depend_on_workers(crops, monkeypatch):
     results = []
     for workers in "02":
         monkeypatch.setenv("MAPET_WORKERS", workers)
-        results.append(list(create_loader(dataset, position_batches(range(12), 5, view_index=3))))
+        results.append(list(load(dataset.batch, position_batches(range(12), 5, view_index=3))))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.teacher_images, b.teacher_images)
         assert torch.equal(a.permutation, b.permutation) and torch.equal(a.image_index, b.image_index)
@@ -255,7 +256,7 @@ def test_teacher_and_student_get_the_same_view(crops):
         teacher_size=(16, 16),
     )
     for number in range(10):
-        sample = dataset[[(number, number)]]
+        sample = dataset.batch([(number, number)])
         assert torch.equal(sample.images, sample.teacher_images)
 
 

@@ -12,7 +12,8 @@ import mapet
 from mapet.cli import main
 from mapet.config.shared import ReadOptions
 from mapet.data import prepared
-from mapet.data.dataset import ViewDataset, create_loader, position_batches
+from mapet.data.dataset import ViewDataset, position_batches
+from mapet.data.loader import load
 from mapet.data.readers.image import ImageDecodeError
 from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
@@ -63,10 +64,10 @@ def test_loader_and_commands_take_it(folder, tmp_path, monkeypatch):
     dataset = ViewDataset(
         list_images(made), ViewSpec(kind="random-crop", image_size=(32, 32)), image_size=(32, 32), jitter=0.4
     )
-    a = [batch.images for batch in create_loader(dataset, position_batches(range(7), 4))]
+    a = [batch.images for batch in load(dataset.batch, position_batches(range(7), 4))]
     with monkeypatch.context() as patch:
         patch.setenv("MAPET_WORKERS", "2")
-        b = [batch.images for batch in create_loader(dataset, position_batches(range(7), 4))]
+        b = [batch.images for batch in load(dataset.batch, position_batches(range(7), 4))]
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     mapet.fit_tokenizer(images=made, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=4, max_unreadable=0.5)
     assert list(mapet.tokenize(images=made, tokenizer=tmp_path / "t", out=tmp_path / "s").unreadable) == [6]

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 import mapet
 from mapet.config.base import build_config
 from mapet.config.data import PrepareConfig
+from mapet.config.limits import limits
 from mapet.data import hugging_face, prepared, tar_shards
-from mapet.data.dataset import ViewDataset, create_loader, position_batches
+from mapet.data.dataset import ViewDataset, position_batches
 from mapet.data.hugging_face import locate_file
-from mapet.data.readers.image import MAX_BYTES, ImageDecodeError
+from mapet.data.loader import load
+from mapet.data.readers.image import ImageDecodeError
 from mapet.data.sources import list_images
 from mapet.data.token_store import TokenStore
 from mapet.data.views import ViewSpec, sample_view
@@ -103,7 +105,7 @@ def test_shards_are_the_folder_they_were_packed_from(spelling, folder, shards):
 
 def batches_of(dataset, monkeypatch, workers):
     monkeypatch.setenv("MAPET_WORKERS", str(workers))
-    return [batch.images for batch in create_loader(dataset, position_batches(range(12), 4))]
+    return [batch.images for batch in load(dataset.batch, position_batches(range(12), 4))]
 
 
 def test_shards_by_url(folder, shards, monkeypatch):
@@ -333,8 +335,8 @@ def test_bombs_and_giants_are_unreadable_wherever_they_are(tmp_path, monkeypatch
                 images.open(i, 3)
     with open(tmp_path / "photos" / "giant.jpg", "wb") as file:
         file.write(b"\xff\xd8")
-        file.truncate(MAX_BYTES + 1)  # a hole: no bytes on disk
-    with refused(f"{MAX_BYTES:,}", kind=ImageDecodeError):
+        file.truncate(limits().image_bytes + 1)  # a hole: no bytes on disk
+    with refused(f"{limits().image_bytes:,}", kind=ImageDecodeError):
         list_images(tmp_path / "photos").open(2, 3)
 
 

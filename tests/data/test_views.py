@@ -15,7 +15,8 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import RandomResizedCrop
 
 import mapet
-from mapet.data.dataset import ViewDataset, create_loader, position_batches
+from mapet.data.dataset import ViewDataset, position_batches
+from mapet.data.loader import load
 from mapet.data.readers.open import open_image
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec, fork_rng, rand_augment, sample_view
@@ -81,9 +82,7 @@ def test_augmented_samples_depend_on_seed_image_and_epoch_alone(crops, monkeypat
     for epoch, workers in ((0, "0"), (0, "2"), (1, "0")):
         monkeypatch.setenv("MAPET_WORKERS", workers)
         batches.append(
-            torch.cat(
-                [batch.images for batch in create_loader(dataset, position_batches(range(12), 5, view_index=epoch))]
-            )
+            torch.cat([batch.images for batch in load(dataset.batch, position_batches(range(12), 5, view_index=epoch))])
         )
     plain = ViewDataset(list_images(crops), dataset.spec, image_size=(32, 32)).batch([(0, i) for i in range(12)]).images
     assert torch.equal(batches[0], batches[1])

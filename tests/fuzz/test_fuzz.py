@@ -3,12 +3,14 @@
 The default run tries some hundred mutations, `pytest -m slow -s tests/fuzz` some thousand, and prints the figures.
 """
 
+import io
 import json
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import mapet
@@ -28,9 +31,13 @@ from mapet.config.base import build_config, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.data.readers.image import ImageDecodeError
 from mapet.data.sources import list_images
+from mapet.data.tar_shards import read_headers
 from mapet.data.token_store import TokenStore
 from mapet.errors import MapetError
+from mapet.evaluation.datasets import read_instances
 from mapet.models.backbone import load_backbone
+from mapet.reports.page import RunView, render_page
+from mapet.reports.run import RunFiles
 from mapet.tokenizers.kmeans import KMeansState, load_state, save_state
 from mapet.tokenizers.tokenizer import load_tokenizer
 from mapet.training.checkpoint import checkpoint_tensors, load_checkpoint, save_checkpoint
@@ -155,6 +162,43 @@ def read_state(folder: Path, _: Any) -> list[str]:
     return [str(load_state(folder / "k.safetensors", CALL, some_state()).centroids.shape)]
 
 
+def make_tar(folder: Path) -> None:
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(4):
+            for name, data in (
+                (f"{number}.jpg", b"x" * 700),
+                (f"{number}.cls", b"cat"),
+                ("n" * 120 + f"{number}.png", b"y"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = len(data), 1.5 + number
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_tar(folder: Path, _: Any) -> list[bytes]:
+    with (folder / "a.tar").open("rb") as file:
+        return read_headers(file, "a.tar").names.tobytes().split(b"\0")
+
+
+def make_annotations(folder: Path) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 6)).save(folder / f"{number}.png")
+    images = [{"id": number, "file_name": f"{number}.png", "width": 8, "height": 6} for number in range(3)]
+    boxes = [
+        {"id": n, "image_id": n % 3, "category_id": 1 + n % 2, "bbox": [1, 1, 4.5, 3], "area": 13.5, "iscrowd": 0}
+        for n in range(5)
+    ]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    (folder / "instances.json").write_text(
+        json.dumps({"images": images, "annotations": boxes, "categories": categories})
+    )
+
+
+def read_annotations(folder: Path, _: Any) -> Any:
+    found = read_instances(folder / "instances.json", folder)
+    return found.classes, [box.tolist() for box in found.boxes], found.image_labels.tolist()
+
+
 @pytest.fixture(scope="module")
 def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) -> dict[str, Target]:
     images = list_images(few_digits)
@@ -174,6 +218,13 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         actual = list_images(folder)
         return [actual.ids[i] for i in range(len(actual))], [actual.open(i, 1).size for i in range(len(actual))]
 
+    def run(folder: Path, _: Any) -> int:
+        return len(render_page([RunView.from_files(RunFiles.open(folder))])) and 0
+
+    def run_files(folder: Path) -> None:
+        for name in ("config.yaml", "run.json", "metrics.jsonl"):
+            shutil.copy(run_dir / name, folder)
+
     def backbone(folder: Path, _: Any) -> list[str]:
         return sorted(load_backbone(folder).state_dict())
 
@@ -190,12 +241,15 @@ def targets(few_digits, tokenizer_dir, tokens_dir, run_dir, tmp_path_factory) ->
         ),
         "prepared": Target(copy_from(prepared), ids_and_sizes, strict=False),
         "backbone": Target(copy_from(run_dir / "backbone"), backbone, strict=False),
+        "tar": Target(make_tar, read_tar, strict=False),
+        "annotations": Target(make_annotations, read_annotations, strict=False),
+        "run folder": Target(run_files, run, strict=False),
     }
 
 
 NAMES = [
     "recipe", "image list", "checkpoint", "weights (zip)", "weights (legacy)", "k-means state", "codebook", "token store",
-    "prepared", "backbone",
+    "prepared", "backbone", "tar", "annotations", "run folder",
 ]  # fmt: skip
 TALLY: dict[str, Counter[str]] = {}
 

@@ -424,7 +424,7 @@ def test_a_dead_worker_is_reported_as_such(options, monkeypatch):
     def die(self, positions):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(ViewDataset, "__getitem__", die)
+    monkeypatch.setattr(ViewDataset, "batch", die)
     monkeypatch.setenv("MAPET_WORKERS", "1")
     with refused("MAPET_WORKERS", "resume=True"):
         mapet.pretrain(**options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from mapet.config.base import Config, build_config
+from mapet.config.limits import limits, use_limits
 from mapet.config.shared import trust_teachers
 from mapet.errors import MapetError, option
 from mapet.files import check_output_path
@@ -100,7 +101,10 @@ def command(
             if writes_out:
                 _check_out_is_not_inside_images(config)
             _set_up_logging()
-            with trust_teachers(options), _translate_dead_workers():
+            in_force = (
+                config.limits if "limits" in config.model_fields_set else limits()
+            )  # of an outer command, or the defaults
+            with trust_teachers(options), use_limits(in_force), _translate_dead_workers():
                 return _run(function, config, distributed, writes_out)
 
         call.__dict__.update(config_type=kind, __signature__=signature)

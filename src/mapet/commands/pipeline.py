@@ -38,7 +38,7 @@ from mapet.training.run_folder import STARTING_NEW_RUN, check_trackers_installed
 from mapet.training.tasks.pretraining import check_model_config
 
 log = logging.getLogger("mapet")
-SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by")
+SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by", "limits")
 """Options of `run` that it hands to every stage which has them."""
 MIN_CONTROL_MINUTES, MAX_OVERRUN = 0.1, 0.1
 """For controls where no time is left; and the fraction of the time that a run takes longer rather than skip controls of its verdict."""
@@ -295,7 +295,7 @@ def _check_later_stages(config: RunConfig, stages: list[Stage]) -> None:
 def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
     """Write config.yaml into the folder `config.out`; if a run has started there, first check that its options are the same.
 
-    These options may differ from the earlier config.yaml, which is then replaced: `resume`, `device`, `max_unreadable`, `out` (the folder
+    These options may differ from the earlier config.yaml, which is then replaced: `resume`, `device`, `max_unreadable`, `limits`, `out` (the folder
     may have been moved), the sections of stages that have not started, `test_images` until `evaluate` has started, and the path of
     `images` if the hash of its images is the one that the fitted tokenizer recorded. In a new folder `resume` only logs a warning.
 
@@ -314,7 +314,7 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
             log.warning(STARTING_NEW_RUN, config.out)
         return write_config(config, path, exclude)
     old = build_config(RunConfig, read_config(path), path)
-    mutable = {"resume", "device", "max_unreadable", "out"}
+    mutable = {"resume", "device", "max_unreadable", "limits", "out"}
     mutable |= {stage.command.__name__ for stage in stages if not stage.started}
     if "evaluate" in mutable:
         mutable.add("test_images")

@@ -7,14 +7,21 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config import shared
+from mapet.config.limits import LimitOptions
 from mapet.errors import option
 
 Control = Literal["auto", "none", "pixels", "untrained", "hog", "kmeans", "teacher", "tokens"]
 
 
 class EvaluateConfig(
-    shared.ReadOptions, shared.FeatureOptions, shared.GroupOptions, shared.TrustTeacherOptions, shared.DeviceOptions, shared.SeedOptions
-):  # fmt: skip
+    shared.ReadOptions,
+    LimitOptions,
+    shared.FeatureOptions,
+    shared.GroupOptions,
+    shared.TrustTeacherOptions,
+    shared.DeviceOptions,
+    shared.SeedOptions,
+):
     """Options of `evaluate`."""
 
     file_only: ClassVar[frozenset[str]] = frozenset(
@@ -117,7 +124,7 @@ class FinetuneOptions(shared.TrainerOptions, shared.ViewOptions):
     """Fine-tuning runs, with `seed` and those after it, in OUT/seed-*; gives the mean accuracy and its interval (run.json)."""
 
 
-class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.GroupOptions, shared.TrainerConfig):
+class FinetuneConfig(FinetuneOptions, shared.ReadOptions, LimitOptions, shared.GroupOptions, shared.TrainerConfig):
     """Options of `finetune`."""
 
     backbone: shared.BackboneSource
@@ -144,7 +151,12 @@ class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.GroupOptions, s
 
 
 class EmbedConfig(
-    shared.ReadOptions, shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
+    shared.ReadOptions,
+    LimitOptions,
+    shared.FeatureOptions,
+    shared.UnreadableImageOptions,
+    shared.DeviceOptions,
+    shared.ResumeOptions,
 ):
     """Options of `embed`."""
 
@@ -167,7 +179,9 @@ class EmbedConfig(
     """Matmul precision; auto: the faster one in a timing."""
 
 
-class PredictConfig(shared.ReadOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions):
+class PredictConfig(
+    shared.ReadOptions, LimitOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
+):
     """Options of `predict`."""
 
     out_is_file: ClassVar[bool] = True
@@ -187,7 +201,12 @@ class PredictConfig(shared.ReadOptions, shared.UnreadableImageOptions, shared.De
 
 
 class SearchConfig(
-    shared.ReadOptions, shared.FeatureOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
+    shared.ReadOptions,
+    LimitOptions,
+    shared.FeatureOptions,
+    shared.UnreadableImageOptions,
+    shared.DeviceOptions,
+    shared.ResumeOptions,
 ):
     """Options of `search`."""
 
@@ -210,7 +229,7 @@ class SearchConfig(
     """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
-class ExportConfig(shared.FeatureOptions):
+class ExportConfig(shared.FeatureOptions, LimitOptions):
     """Options of `export`."""
 
     backbone: shared.BackboneSource

@@ -14,6 +14,7 @@ from pydantic.functional_validators import BeforeValidator
 from mapet.config import shared
 from mapet.config.base import Config, Options
 from mapet.config.evaluation import FinetuneOptions
+from mapet.config.limits import LimitOptions
 from mapet.config.pretraining import PretrainOptions
 from mapet.config.tokenizers import FitTokenizerOptions, Teachers, TokenizeOptions
 from mapet.errors import MapetError, option
@@ -164,7 +165,7 @@ class RunConfig(shared.ImageOptions, shared.GroupOptions, shared.JobOptions):
         return {name: getattr(self, name).model_dump(exclude_unset=True) for name in sections}
 
 
-class StudyConfig(Config):
+class StudyConfig(LimitOptions):
     """Options of `study`, usually a YAML file."""
 
     resume: ClassVar[bool] = True

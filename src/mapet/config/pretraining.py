@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mapet.config import shared
+from mapet.config.limits import LimitOptions
 from mapet.errors import option
 
 
@@ -91,7 +92,7 @@ class PretrainConfig(
             yield f"{option('views')} is for tokens that are computed online, but {option('tokens')} has stored views: omit {option('views')}"
 
 
-class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
+class ReportConfig(LimitOptions, shared.DeviceOptions, shared.TrustTeacherOptions):
     """Options of `report`."""
 
     positional: ClassVar[str | None] = "run"
@@ -120,7 +121,7 @@ class ReportConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
             yield f"{option('figures_dir')} computes the figures of one run, got {len(self.run)}: omit {option('figures', False)} and other runs"
 
 
-class DebugStepConfig(shared.DeviceOptions, shared.TrustTeacherOptions):
+class DebugStepConfig(LimitOptions, shared.DeviceOptions, shared.TrustTeacherOptions):
     """Options of `debug-step`."""
 
     positional: ClassVar[str | None] = "bundle"

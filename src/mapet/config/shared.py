@@ -11,6 +11,7 @@ from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, Posit
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
 from mapet.config.base import Config
+from mapet.config.limits import LimitOptions
 from mapet.errors import MapetError, option
 
 
@@ -163,7 +164,7 @@ class GroupOptions(Config):
     only files of equal bytes are kept together."""
 
 
-class ImageOptions(ReadOptions):
+class ImageOptions(ReadOptions, LimitOptions):
     """Images, labeled or not."""
 
     images: Source

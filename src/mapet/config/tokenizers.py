@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from mapet.config import shared
 from mapet.config.base import Config
+from mapet.config.limits import LimitOptions
 from mapet.errors import check_divisible, option
 
 KMEANS_OPTIONS = ("pca_dim", "kmeans_iters", "kmeans_n_init", "kmeans_init", "kmeans_batch_size", "kmeans_metric")
@@ -227,7 +228,7 @@ class TrainTokenizerConfig(
             yield f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides; {fix}"
 
 
-class InspectTokenizerConfig(shared.TrustTeacherOptions):
+class InspectTokenizerConfig(LimitOptions, shared.TrustTeacherOptions):
     """Options of `inspect-tokenizer`."""
 
     positional: ClassVar[str | None] = "tokenizer"

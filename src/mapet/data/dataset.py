@@ -3,28 +3,26 @@
 import functools
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from mapet.data import views
 from mapet.data.hugging_face import HFStream
 from mapet.data.image_list import ImageList
+from mapet.data.loader import load
 from mapet.data.readers.image import ImageDecodeError
+from mapet.data.readers.read_each import read_each
 from mapet.data.token_store import TokenStore
 from mapet.data.views import PermutationKind, ViewSpec
-from mapet.device import num_workers
 from mapet.errors import MapetError, option
-from mapet.signals import ignore_signals_in_worker
 
 log = logging.getLogger("mapet")
 Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
@@ -88,8 +86,8 @@ class Batch:
 
 
 @dataclass
-class ViewDataset(Dataset[Batch]):
-    """Views of images, for torch's DataLoader: `dataset[positions]` is the batch at these `Positions`.
+class ViewDataset:
+    """Views of images; `load` reads their batches.
 
     Attributes:
         image_size: (H, W) of `Batch.images`; None: without.
@@ -133,14 +131,14 @@ class ViewDataset(Dataset[Batch]):
         unreadable: list[tuple[int, str]] = []
         samples: list[dict[str, Any]] = []
         drawn = [self._draw(view_index, image_index) for view_index, image_index in positions]
-        for (view_index, image_index), (stored_view, sample) in zip(positions, drawn, strict=True):
-            try:
-                samples.append(sample | self._render(image_index, stored_view, view_index))
-            except ImageDecodeError as error:
-                unreadable.append((image_index, str(error)))
+        stored = [(image_index, view_index) for (_, image_index), (view_index, _) in zip(positions, drawn, strict=True)]
+        rendered = read_each(self._render, stored, lambda position: self.images.id(position[0]))
+        for (epoch, image_index), (_, sample), pixels in zip(positions, drawn, rendered, strict=True):
+            if isinstance(pixels, ImageDecodeError):
+                unreadable.append((image_index, str(pixels)))
+            else:
+                samples.append(sample | self._augment(pixels, image_index, epoch))
         return _collate(samples, unreadable)
-
-    __getitem__ = batch
 
     def placeholder(self, index: int) -> Batch:
         """Return a batch of one black image with every field that a batch has, for a rank that can read none of its images.
@@ -185,23 +183,24 @@ class ViewDataset(Dataset[Batch]):
             sample["drop_path_rand"] = rng.random(self.num_branches, dtype=np.float32)
         return view_index, sample
 
-    def _render(self, image_index: int, view_index: int, epoch: int) -> dict[str, UInt8[Tensor, "C h w"]]:
-        """Return the pixels of a view, rendered and augmented: the fields of `Batch` in `_sizes`.
+    def _render(self, position: tuple[int, int]) -> dict[str, UInt8[Tensor, "C h w"]]:
+        """Return the pixels of a view: the fields of `Batch` in `_sizes`.
 
         Args:
-            image_index: of the image in the list.
-            view_index: for `sample_view`, as `_draw` returned it.
-            epoch: seeds the augmentation, together with the image's id.
+            position: index of the image in the list; view index for `sample_view`, as `_draw` returned it.
 
         Raises:
             ImageDecodeError: the image cannot be read.
         """
-        key = self.images.key(image_index)
+        image_index, view_index = position
         image = self.images.open(image_index, self.channels)
-        view = views.sample_view(self.spec, image.size, key, view_index)
-        pixels = {name: views.render_view(image, view, size) for name, size in self._sizes.items()}
+        view = views.sample_view(self.spec, image.size, self.images.key(image_index), view_index)
+        return {name: views.render_view(image, view, size) for name, size in self._sizes.items()}
+
+    def _augment(self, pixels: dict[str, Tensor], image_index: int, epoch: int) -> dict[str, Tensor]:
+        """Return what `_render` did, with `images` augmented; image and epoch seed the draws."""
         if self.augment is not None and "images" in pixels:
-            with views.fork_rng(self.seed, key, epoch):
+            with views.fork_rng(self.seed, self.images.key(image_index), epoch):
                 pixels["images"] = self.augment(pixels["images"])
         return pixels
 
@@ -288,34 +287,6 @@ def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 
     return [positions[first : first + batch_size] for first in range(0, len(positions), batch_size)]
 
 
-def create_loader(dataset: ViewDataset, batches: Iterable[Positions], pin_memory: bool = False) -> Iterable[Batch]:
-    """Return a torch DataLoader of these batches, in their order, read by as many worker processes as `num_workers` returns.
-
-    Args:
-        dataset: renders the views.
-        batches: positions of each batch; it may be a sampler without end.
-        pin_memory: copy batches to pinned memory, from which copies to a GPU are asynchronous.
-    """
-    workers = num_workers()
-    return DataLoader(
-        dataset, sampler=batches, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory, worker_init_fn=_init_worker,
-    )  # fmt: skip
-
-
-def _init_worker(_worker_id: int) -> None:
-    """Set up a loader process: one thread, and signals and the end of the job are left to the main process."""
-    torch.set_num_threads(1)
-    ignore_signals_in_worker()
-    sys.excepthook = _report_error
-
-
-def _report_error(error_type: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught error of a worker, unless the main process is gone, to which a thread was handing over memory."""
-    if not issubclass(error_type, (EOFError, ConnectionError)):
-        sys.__excepthook__(error_type, error, trace)
-
-
 @dataclass
 class UnreadableImages:
     """Images that could not be read, with reasons; stops the command when there are too many.
@@ -372,8 +343,9 @@ def readable_batches(
     Raises:
         MapetError: too many images are unreadable (`UnreadableImages.add`).
     """
-    loader = create_loader(dataset, batches)
-    for batch in tqdm(loader, desc=title, unit="batch", disable=None if title else True, leave=False):
+    for batch in tqdm(
+        load(dataset.batch, batches), desc=title, unit="batch", disable=None if title else True, leave=False
+    ):
         unreadable.add(batch.unreadable)
         if len(batch):
             yield batch

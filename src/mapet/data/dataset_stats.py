@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
+from torch import Tensor
 from tqdm import tqdm
 
 from mapet.data.duplicates import Thumbnail, find_near_duplicates, make_thumbnail
 from mapet.data.groups import find_groups
 from mapet.data.image_list import ImageList
-from mapet.data.readers.image import DecodedImage, ImageDecodeError
+from mapet.data.readers.image import DecodedImage, ImageDecodeError, LazyImage
+from mapet.data.readers.read_each import read_each
 from mapet.errors import format_size, option, pluralize
 
 log = logging.getLogger("mapet")
@@ -331,11 +334,15 @@ def compute_dataset_stats(images: ImageList, channels: int, threads: int) -> Dat
 
 def _read_image_info(images: ImageList, index: int, channels: int) -> ImageInfo | str:
     """Decode image `index` of a list as `channels` channels; return the facts about it, or a text, the reason why it cannot be read."""
-    try:
+
+    def decode(index: int) -> tuple[LazyImage, UInt8[Tensor, "C h w"]]:
         image = images.open(index, channels)
-        pixels = image.read()
-    except ImageDecodeError as error:
-        return str(error)
+        return image, image.read()
+
+    (outcome,) = read_each(decode, [index], images.id)
+    if isinstance(outcome, ImageDecodeError):
+        return str(outcome)
+    image, pixels = outcome
     value_range = None
     if isinstance(image, DecodedImage) and image.bits == 16 and image.ranges is None:
         valid = image.array[image.valid(image.array)]

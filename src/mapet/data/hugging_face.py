@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 
 from mapet.data.image_list import ImageList, Labels, PackedStrings
-from mapet.data.readers.image import MAX_BYTES, ImageDecodeError
+from mapet.data.readers.image import ImageDecodeError, check_byte_count, translate_errors
 from mapet.errors import MapetError, first_line, install_hint, option
 
 SAVED = ("state.json", "dataset_dict.json")
@@ -169,8 +169,10 @@ def read_row(image: dict[str, Any] | None, allowed_roots: list[str], where: str)
     if file is None:
         raise ImageDecodeError(f"no bytes in this row, and its path {path!r} names no file of the data set")
     try:
-        with open(file, "rb") if "://" not in file else fsspec.open(file) as stream:
+        with translate_errors(), open(file, "rb") if "://" not in file else fsspec.open(file) as stream:
             return stream.read()
+    except MapetError:
+        raise
     except Exception as error:  # of many kinds, by protocol
         raise ImageDecodeError(f"cannot read {file}: {first_line(error)}") from None
 
@@ -269,8 +271,7 @@ class StreamedImage:
         image, self._image = self._image, None
         data = read_row(image, self._allowed_roots, self._where)
         self.size = len(data)
-        if self.size > MAX_BYTES:
-            raise ImageDecodeError(f"{self.size:,} bytes are more than {MAX_BYTES:,}")
+        check_byte_count(self.size)
         return data
 
 

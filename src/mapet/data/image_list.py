@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from mapet.config.shared import AS_STORED, ReadOptions
-from mapet.data.readers.image import MAX_BYTES, ImageDecodeError, ImageFile, LazyImage
+from mapet.data.readers.image import ImageDecodeError, ImageFile, LazyImage, check_byte_count, translate_errors
 from mapet.data.readers.open import count_pages, open_image
 from mapet.device import num_workers
 from mapet.errors import option
@@ -173,8 +173,7 @@ class ImageList(Sequence[Path]):
             ImageDecodeError: with the reason why the image cannot be read.
             MapetError: `read_options` are of another number of channels; or the source fails as a whole, e.g. a shard cannot be read.
         """
-        if self.file_sizes[index] > MAX_BYTES:
-            raise ImageDecodeError(f"{self.file_sizes[index]:,} bytes, more than the {MAX_BYTES:,} that mapet reads")
+        check_byte_count(int(self.file_sizes[index]))
         self.read_options.check_channels(channels)
         return open_image(self.file(index), channels, self.read_options, page)
 
@@ -213,7 +212,7 @@ class ImageList(Sequence[Path]):
         """sha256 over the bytes of `NUM_HASHED` images, spread over the list; those that cannot be read count as empty."""
         digest = hashlib.sha256()
         for index in np.unique(np.linspace(0, len(self) - 1, NUM_HASHED).round().astype(int)).tolist():
-            with suppress(OSError, ImageDecodeError):
+            with suppress(ImageDecodeError):
                 digest.update(hashlib.sha256(self.data(index)).digest())
         return digest.hexdigest()
 
@@ -263,7 +262,8 @@ class ImageFiles(ImageList):
     file = __getitem__
 
     def data(self, index: int) -> bytes:
-        return self[index].read_bytes()
+        with translate_errors():
+            return self[index].read_bytes()
 
 
 class ImagePages(ImageList):

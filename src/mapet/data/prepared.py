@@ -23,6 +23,7 @@ from mapet.data.hugging_face import HFStream, StreamedImage, ids_from_paths, lab
 from mapet.data.image_list import ImageFiles, ImageList, PackedStrings, join_terminated
 from mapet.data.readers.image import REDUCTIONS, Box, ImageDecodeError, LazyImage
 from mapet.data.readers.open import open_image
+from mapet.data.readers.read_each import read_each
 from mapet.device import num_workers
 from mapet.errors import MapetError
 
@@ -221,10 +222,8 @@ class PreparedDatasetWriter:
 
         def encode_or_reason(item: Item) -> bytes | str:
             """Return the encoded image, or the reason why it cannot be read."""
-            try:
-                return encode(item)
-            except ImageDecodeError as error:
-                return str(error)
+            (outcome,) = read_each(encode, [item])
+            return str(outcome) if isinstance(outcome, ImageDecodeError) else outcome
 
         pool = ThreadPoolExecutor(num_workers() + 1)
         with pool, files.atomic_write(self.folder / SHARD.format(shard)) as temporary, temporary.open("wb") as file:

@@ -28,10 +28,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from mapet.config.limits import limits
 from mapet.config.shared import is_url
 from mapet.data.image_list import ImageList, PackedStrings, join_terminated, labels_from_texts
 from mapet.data.readers.open import EXTENSIONS
-from mapet.errors import MapetError
+from mapet.errors import MapetError, option
 from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
@@ -40,7 +41,12 @@ FORMAT = 3
 NUM_INDEX_THREADS = 16
 """Distant shards whose headers are read at a time; near ones keep one thread busy, and more would scatter memory."""
 BLOCK_BYTES = tarfile.BLOCKSIZE
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 17
+"""Of an extended header: long names and extended attributes, which Linux allows 64 KiB of."""
+MAX_GLOBAL_HEADERS = 100
+"""Entries of global headers, which tarfile applies to each member again: `git archive` writes one."""
+MAX_DIGITS = 255
+"""Digits in a row in a header: as many as a file name has. Before 3.11.10 and 3.12.6, Python takes the square of their number of steps."""
 MAX_LABEL_BYTES = 256
 NUM_TRIES = 3
 """How often a distant range is requested, with 1 and 2 seconds between."""
@@ -287,6 +293,10 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
             keys, extension = (stem, os.path.join(folder, base.split(b".")[0])), extension.lower()
             is_hidden = any(part.startswith(b".") and part != b".." for part in name.split(b"/"))
             is_plain = member.isreg() and not member.issparse() and not is_hidden
+            if len(images) > limits().archive_members:
+                raise tarfile.ReadError(
+                    f"it has more images than the {limits().archive_members:,} of {option('limits.archive_members')}"
+                )
             if is_plain and extension.decode("latin-1") in EXTENSIONS:
                 if name in images or b"\0" in name:
                     fault = "two members have the name" if name in images else "there is a zero byte in the name"
@@ -330,6 +340,8 @@ def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()  # type: ignore[attr-defined]
         if member.size < 0 or member.offset <= last_offset:
             raise tarfile.ReadError(f"the header of {member.name!r} gives an impossible size, {member.size:,} bytes")
+        if len(tar.pax_headers) > MAX_GLOBAL_HEADERS:
+            raise tarfile.ReadError(f"its global headers have {len(tar.pax_headers):,} entries")
         last_offset = member.offset
         yield member
 
@@ -345,10 +357,13 @@ class _BoundedReads:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        """Read `size` bytes; raise tarfile.ReadError if that is negative (all the rest) or more than `MAX_HEADER_BYTES`."""
+        """Read `size` bytes; raise tarfile.ReadError if these are too many (-1: all the rest) or would take long to parse."""
         if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header takes {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
-        return self.file.read(size)
+        data = self.file.read(size)
+        if size > BLOCK_BYTES and re.search(rb"\d{%d}" % (MAX_DIGITS + 1), data):
+            raise tarfile.ReadError(f"a header has more than {MAX_DIGITS} digits in a row")
+        return data
 
 
 def _has_duplicates(names: PackedStrings) -> bool:

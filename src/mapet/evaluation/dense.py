@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection import FasterRCNN, anchor_utils
 from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, box_convert
 
+from mapet.data.loader import load
 from mapet.data.readers.image import ImageDecodeError
+from mapet.data.readers.read_each import read_each
 from mapet.data.views import View, render_view
-from mapet.device import num_workers
 from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, AnyImageSet, DetectionSet, SegmentationSet
 from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap_ci, protocol
@@ -84,13 +84,10 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         """
         raise NotImplementedError
 
-    def _read_readable(self, indices: list[int]) -> list[Item]:
+    def _read_readable(self, indices: Int[Tensor, " B"]) -> list[Item]:
         """Return what `read` returns for each index, without unreadable images."""
-        items = []
-        for index in indices:
-            with contextlib.suppress(ImageDecodeError):
-                items.append(self.read(index))
-        return items
+        outcomes = read_each(self.read, indices.tolist(), self.data.images.id)
+        return [item for item in outcomes if not isinstance(item, ImageDecodeError)]
 
     def batches(self, seed: int | None = None) -> Iterator[list[Item]]:
         """Yield batches for one epoch: lists of what `read` returns, without unreadable images.
@@ -105,9 +102,14 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
             MapetError: no image is readable, or an annotation, such as a mask, is not.
         """
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = {"shuffle": seed is not None, "generator": generator, "num_workers": num_workers()}
-        # The loader's data set is the image indices; workers read the images in `collate_fn`.
-        loader = DataLoader(range(len(self.data)), self.batch_size, collate_fn=self._read_readable, **options)  # type: ignore
+
+        def index_batches() -> Iterator[Int[Tensor, " B"]]:
+            """Yield the images of each batch; the order is drawn after the workers' seeds."""
+            order = torch.arange(len(self.data))
+            order = order if seed is None else torch.randperm(len(self.data), generator=generator)
+            yield from order.split(self.batch_size)
+
+        loader = load(self._read_readable, index_batches(), generator=generator)
         batches = filter(None, loader)  # without empty batches
         first = next(batches, None)
         if first is None:

@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from mapet import files
 from mapet.config.evaluation import EmbedConfig
-from mapet.data.dataset import UnreadableImages, ViewDataset, create_loader, inference_batch_size, position_batches
+from mapet.data.dataset import UnreadableImages, ViewDataset, inference_batch_size, position_batches
 from mapet.data.dataset_stats import warn_outside_range
 from mapet.data.image_list import ImageList
+from mapet.data.loader import load
 from mapet.data.sources import list_as_trained
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
@@ -138,7 +139,7 @@ def compute_rows(
         stop_signals("stopping after this batch") as stop,
         tqdm(total=len(images), initial=num_done, desc=what, unit="img", disable=None) as bar,
     ):
-        for batch, positions in zip(create_loader(dataset, batches), batches, strict=True):
+        for batch, positions in zip(load(dataset.batch, batches), batches, strict=True):
             unreadable.add(batch.unreadable)
             if batch.images is not None:
                 rows.append(compute(batch.images))

@@ -25,6 +25,7 @@ from mapet.errors import MapetError, install_hint, option
 from mapet.evaluation.calibration import probabilities
 from mapet.evaluation.embeddings import ROWS, compute_rows
 from mapet.evaluation.features import BackboneWrapper, check_finite_features
+from mapet.lock import folder_lock
 from mapet.models.backbone import read_temperature
 
 log = logging.getLogger("mapet")
@@ -76,15 +77,17 @@ def predict(config: PredictConfig) -> Path:
         return logits.cpu().numpy()
 
     options = config.model_dump(include={"backbone", "images", "max_unreadable", "resume", *ReadOptions.model_fields})
-    manifest = compute_rows(EmbedConfig(**options, out=folder), images, backbone, compute_logits, {}, "predictions")
-    predictions = Predictions(
-        images, files.read_array(folder / ROWS, "r"), manifest["unreadable"], backbone.classes, temperature
-    )
-    if out.suffix == ".csv":
-        files.write_csv(out, predictions.columns, predictions.csv_rows())
-    else:
-        predictions.write_parquet(out)
-    shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder, config.take_over):
+        manifest = compute_rows(EmbedConfig(**options, out=folder), images, backbone, compute_logits, {}, "predictions")
+        predictions = Predictions(
+            images, files.read_array(folder / ROWS, "r"), manifest["unreadable"], backbone.classes, temperature
+        )
+        if out.suffix == ".csv":
+            files.write_csv(out, predictions.columns, predictions.csv_rows())
+        else:
+            predictions.write_parquet(out)
+        shutil.rmtree(folder)
     log.info("labels and %sprobabilities of %s images in %s (%d unreadable)", "" if temperature else "uncalibrated ",
         f"{len(images):,}", out, len(manifest["unreadable"]))  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from mapet.config.base import Config, build_config, diff_configs, read_config, write_config
 from mapet.config.evaluation import FinetuneConfig, FinetuneOptions
+from mapet.config.limits import use_limits
 from mapet.config.pipeline import StudyConfig
 from mapet.config.pretraining import PretrainConfig, PretrainOptions
 from mapet.config.tokenizers import FitTokenizerConfig, TokenizeConfig
@@ -44,10 +45,10 @@ from mapet.training.tasks.pretraining import PretrainingTask
 from mapet.training.trainer import Trainer
 
 log = logging.getLogger("mapet")
-SAME_TOKENS = frozenset({"memory_gb", "images", "out", "tokenizer", "device", "resume", "trust_teacher"})
-"""Options that change no token: speed, and paths, whose contents are compared by hash when they are opened."""
-SAME_TRIAL = frozenset({"images", "out", "tokenizer", "tokens", "device", "trust_teacher", "track"})
-"""Options that may differ when a trial is resumed: paths, for the study may have moved, and trackers."""
+SAME_TOKENS = frozenset({"memory_gb", "images", "out", "tokenizer", "device", "resume", "trust_teacher", "limits"})
+"""Options that change no token: speed, limits, and paths, whose contents are compared by hash when they are opened."""
+SAME_TRIAL = frozenset({"images", "out", "tokenizer", "tokens", "device", "trust_teacher", "track", "limits"})
+"""Options that may differ when a trial is resumed: paths, for the study may have moved, trackers and limits."""
 EVALUATION = frozenset({"finetune", "test_images", "ood_images", "labels_per_class"})
 """Fields of `TrialConfig` that may change until the trial is evaluated."""
 POLL_INTERVAL_S = 0.2
@@ -229,7 +230,12 @@ def trial_folder(config: StudyConfig, trial: Trial) -> Path:
 def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
     """Return the config of a trial's `pretrain`."""
     folder = tokenizer_folder(config, trial.tokenizer)
-    own = {"images": config.images, "out": trial_folder(config, trial) / "pretrain", "seed": trial.seed}
+    own = {
+        "images": config.images,
+        "out": trial_folder(config, trial) / "pretrain",
+        "seed": trial.seed,
+        "limits": config.limits,
+    }
     own |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
     return build_config(PretrainConfig, trial.options | own)
 
@@ -471,7 +477,7 @@ def run_trial(folder_name: str, device: str) -> int:
         resume = (run / CONFIG_FILE).exists()
         pretraining = config.pretrain.model_copy(update={"device": device, "resume": resume})
         try:
-            with run_state(folder, "trial", config):
+            with use_limits(config.pretrain.limits), run_state(folder, "trial", config):
                 if not (run / "backbone").exists():
                     with run_state(run, "pretrain", pretraining):
                         Trainer(PretrainingTask(), pretraining).fit()

@@ -18,12 +18,12 @@ from mapet.data.dataset import (
     Batch,
     UnreadableImages,
     ViewDataset,
-    create_loader,
     inference_batch_size,
     readable_batches,
 )
 from mapet.data.dataset_stats import find_value_range, warn_from_sample, warn_outside_range
 from mapet.data.image_list import ImageList
+from mapet.data.loader import load
 from mapet.data.sources import list_as_trained, list_images
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
@@ -385,7 +385,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     ):
         shard = work[0][0] if work else None
         try:
-            for (shard, rows), batch in zip(work, create_loader(dataset, batches), strict=True):
+            for (shard, rows), batch in zip(work, load(dataset.batch, batches), strict=True):
                 unreadable.add(batch.unreadable)
                 tokens = torch.zeros(len(rows), store.num_views, math.prod(store.grid), dtype=torch.int64)
                 if len(batch):  # without the unreadable images, whose ids stay 0

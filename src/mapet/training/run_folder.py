@@ -37,7 +37,7 @@ log = logging.getLogger("mapet")
 C = TypeVar("C", bound=TrainerConfig)
 MUTABLE_ON_RESUME = frozenset(
     {"resume", "device", "checkpoint_interval_min", "log_interval", "out", "images", "micro_batch_size"}
-    | {"max_rollbacks", "fsdp", "track", "max_unreadable", "trust_teacher"}
+    | {"max_rollbacks", "fsdp", "track", "max_unreadable", "limits", "trust_teacher"}
 )
 """Options that may differ on resuming, because they do not change what is learned."""
 PATH_OPTIONS = frozenset({"out", "images", "tokenizer", "tokens"})

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from mapet import distributed
 from mapet.config.base import write_config
 from mapet.config.shared import TrainerConfig
-from mapet.data.dataset import Batch, EpochBatchSampler, UnreadableImages, create_loader
+from mapet.data.dataset import Batch, EpochBatchSampler, UnreadableImages
+from mapet.data.loader import load
 from mapet.device import ComputeContext
 from mapet.errors import Interrupted, MapetError, option, pluralize
 from mapet.run_state import CONFIG_FILE, record
@@ -210,9 +211,9 @@ class Trainer(Generic[M, R]):
         """
         self._saved_at = time.monotonic()
         self.budget = TimeBudget.open(self.task.config, self.step)
-        loader = create_loader(self.task.dataset, self.sampler, pin_memory=self.compute.device.type == "cuda")
+        loader = load(self.task.dataset.batch, self.sampler, pin_memory=self.compute.device.type == "cuda")
         with ProgressDisplay(self.task, self.total_steps, self.step) as self.display:
-            for batch in self.metrics.time_data(loader):
+            for batch in self.metrics.time_data(self._saved_if_none_come(loader)):
                 self._train_step(batch)
                 self.step += 1
                 self.display.update()
@@ -226,6 +227,15 @@ class Trainer(Generic[M, R]):
                     self._save_if_due()
                 if self.step == self.total_steps:  # the loader may have read further, as it is ahead
                     break
+
+    def _saved_if_none_come(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches; save a checkpoint where none comes, as of a share that is away, unless other ranks wait for this one."""
+        try:
+            yield from loader
+        except (MapetError, RuntimeError):  # torch raises this one for a dead worker
+            if self.checkpoints and distributed.world_size() == 1:
+                self._save()
+            raise
 
     def _set_total_steps(self, num_steps: int) -> None:
         """Change the number of steps of the run, everywhere it is used, also in config.yaml; learning rates so far do not depend on it."""

@@ -2,11 +2,12 @@
 
 import io
 import math
+import zipfile
 
 import numpy as np
 
 from mapet.config.shared import ReadOptions
-from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_pixel_count
+from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_byte_count, check_pixel_count
 
 
 def open_array(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
@@ -38,13 +39,15 @@ def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> Decode
         ImageDecodeError: it holds several arrays, or see `open_array`.
         Exception: of any kind, from a damaged file.
     """
-    with np.load(io.BytesIO(file) if isinstance(file, bytes) else file, allow_pickle=False) as archive:
-        if len(archive.files) != 1:
-            names = ", ".join(archive.files[:5]) + (", ..." if len(archive.files) > 5 else "")
+    with zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file) as archive:
+        names = archive.namelist()
+        if len(names) != 1:
+            listed = ", ".join(name.removesuffix(".npy") for name in names[:5]) + (", ..." if len(names) > 5 else "")
             raise ImageDecodeError(
-                f".npz of {len(archive.files)} arrays ({names}): save each image as an .npy file (`np.save`)"
+                f".npz of {len(names)} arrays ({listed}): save each image as an .npy file (`np.save`)"
             )
-        return _from_array(archive[archive.files[0]], "NPZ", channels, options)
+        check_byte_count(archive.infolist()[0].file_size, "bytes of pixels")  # zipfile reads no more than that
+        return _from_array(_array_from_bytes(archive.read(names[0])), "NPZ", channels, options)
 
 
 def _from_array(array: np.ndarray, kind: str, channels: int, options: ReadOptions) -> DecodedImage:

@@ -2,16 +2,27 @@
 
 import io
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
 
 from mapet.config.shared import ReadOptions
-from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_pixel_count, choose_page
+from mapet.data.readers.image import (
+    DecodedImage,
+    ImageDecodeError,
+    ImageFile,
+    check_byte_count,
+    check_pixel_count,
+    choose_page,
+)
 from mapet.errors import first_line, install_hint
 
 MAGIC_OFFSET, MAGIC = 128, b"DICM"
 """Where a DICOM file says that it is one, and how."""
+DEFLATED = "1.2.840.10008.1.2.1.99"
+"""Transfer syntax of a data set that is compressed as a whole."""
+BLOCK_BYTES = 1 << 20
 GRAY = ("MONOCHROME1", "MONOCHROME2")
 
 
@@ -27,12 +38,27 @@ def _read(file: ImageFile, stop_before_pixels: bool = False) -> Any:
     except ImportError:
         raise ImageDecodeError(f"a DICOM file, which needs pydicom: {install_hint('medical')}") from None
     with warnings.catch_warnings(action="ignore"):  # of odd values in attributes
+        _check_deflated(pydicom, file)
         dataset = pydicom.dcmread(
             io.BytesIO(file) if isinstance(file, bytes) else file, stop_before_pixels=stop_before_pixels
         )
         if "Rows" not in dataset or "Columns" not in dataset:
             raise ImageDecodeError(f"DICOM without an image ({dataset.get('Modality', 'no modality')})")
         return dataset
+
+
+def _check_deflated(pydicom: Any, file: ImageFile) -> None:
+    """Raise ImageDecodeError if a file whose data set is compressed as a whole would become larger than `limits` allow."""
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+        pydicom.filereader.read_preamble(stream, force=False)
+        if pydicom.filereader._read_file_meta_info(stream).get("TransferSyntaxUID") != DEFLATED:
+            return
+        inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+        count, data = 0, stream.read(BLOCK_BYTES)
+        while data and not inflate.eof:
+            count += len(inflate.decompress(data, BLOCK_BYTES))
+            check_byte_count(count, "bytes when inflated")
+            data = inflate.unconsumed_tail or stream.read(BLOCK_BYTES)
 
 
 def count_frames(file: ImageFile) -> int:
@@ -64,6 +90,8 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
     check_pixel_count(dataset.Rows, dataset.Columns)
     count = max(1, int(dataset.get("NumberOfFrames", 1) or 1))
     chosen = choose_page(count, "frame", options, page)
+    num_values = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * (count if chosen is None else 1)
+    check_byte_count(num_values * -(-dataset.BitsAllocated // 8), "bytes of pixels")
     with warnings.catch_warnings(action="ignore"):
         try:
             stored = pixels.pixel_array(dataset, index=chosen)  # YBR becomes RGB

@@ -3,6 +3,8 @@
 A reader that cannot give the pixels as they are stored must raise: an image is never misread silently.
 """
 
+import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +16,16 @@ import torch
 from jaxtyping import Bool, Num, UInt8
 from torch import Tensor
 
+from mapet.config.limits import limits
 from mapet.config.shared import AS_STORED, ReadOptions
-from mapet.errors import pluralize
+from mapet.errors import MapetError, os_error_hint, pluralize
 
 ImageFile = str | Path | bytes
 """A path, or the bytes of a file."""
-MAX_PIXELS = 178_956_970
-"""Larger images are refused as decompression bombs (the limit of Pillow, 0.5 GB as RGB)."""
-MAX_BYTES = 4 << 30
-"""Larger files are refused: they would be read into memory to find out what they are."""
+_SYSTEM_ERRORS = """EMFILE ENFILE ENOSPC EDQUOT ENOMEM EIO ESTALE ETIMEDOUT EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET
+ECONNRESET ECONNABORTED ECONNREFUSED ENOTCONN EREMOTEIO"""
+SYSTEM_ERRORS = frozenset(getattr(errno, name) for name in _SYSTEM_ERRORS.split() if hasattr(errno, name))
+"""Errors of the system or a share, which are not the image's fault: it may well be readable later."""
 REDUCTIONS = (8, 4, 2)
 """Factors by which a JPEG can be reduced while it is decoded. libjpeg-turbo knows other eighths too, but has fast code
 for these only: at 5/8 it takes longer than at full size."""
@@ -81,17 +84,27 @@ class LazyImage(ABC):
 def translate_errors() -> Iterator[None]:
     """Turn any Exception that a decoder raises in the context into an `ImageDecodeError` whose message is the reason.
 
-    An `ImageDecodeError` passes unchanged. An OSError's reason is the system's text, e.g. 'No such file or directory'; every
-    other exception counts as damage of the file.
+    An `ImageDecodeError` or MapetError passes unchanged. An OSError's reason is the system's text, e.g. 'No such file or directory';
+    every other exception counts as damage of the file.
+
+    Raises:
+        ImageDecodeError: see above.
+        MapetError: an error of `SYSTEM_ERRORS`, which says nothing of the file.
     """
     try:
         yield
-    except ImageDecodeError:
+    except (ImageDecodeError, MapetError):
         raise
     except PermissionError:
         raise ImageDecodeError("no permission to read it") from None
     except OSError as error:
+        if error.errno in SYSTEM_ERRORS:
+            name, what = f" {os.fsdecode(error.filename)}" if error.filename else "", error.strerror or error
+            hint = os_error_hint(error.errno) or ": nothing is wrong with the image; correct that and resume"
+            raise MapetError(f"cannot read an image{name} ({what}){hint}") from None
         raise ImageDecodeError(error.strerror or str(error)) from None
+    except MemoryError:
+        raise ImageDecodeError("more memory to decode it than is free") from None
     except Exception as error:  # parsers raise anything on damaged files (struct, tokenize, recursion, ...)
         raise ImageDecodeError(f"damaged: {error or type(error).__name__}") from None
 
@@ -148,9 +161,17 @@ class StoredImage(NamedTuple):
 
 
 def check_pixel_count(height: int, width: int) -> None:
-    """Raise ImageDecodeError if an image has more than `MAX_PIXELS`."""
-    if height * width > MAX_PIXELS:
-        raise ImageDecodeError(f"{width} x {height} pixels, more than the {MAX_PIXELS:,} pixels that mapet reads")
+    """Raise ImageDecodeError if an image has more pixels than `limits` allow."""
+    if height * width > limits().image_pixels:
+        raise ImageDecodeError(
+            f"{width} x {height} pixels, more than the {limits().image_pixels:,} of --limits.image-pixels"
+        )
+
+
+def check_byte_count(count: int, what: str = "bytes") -> None:
+    """Raise ImageDecodeError if an image's file, or its pixels, take more bytes than `limits` allow."""
+    if count > limits().image_bytes:
+        raise ImageDecodeError(f"{count:,} {what}, more than the {limits().image_bytes:,} of --limits.image-bytes")
 
 
 def choose_page(count: int, noun: str, options: ReadOptions, page: int | None) -> int | None:

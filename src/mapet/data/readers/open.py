@@ -11,6 +11,7 @@ from mapet.data.readers.arrays import open_archive, open_array
 from mapet.data.readers.dicom import MAGIC, MAGIC_OFFSET, count_frames, open_dicom
 from mapet.data.readers.image import (
     ORIENTATIONS,
+    SYSTEM_ERRORS,
     ImageDecodeError,
     ImageFile,
     LazyImage,
@@ -19,7 +20,7 @@ from mapet.data.readers.image import (
     translate_errors,
 )  # fmt: skip
 from mapet.data.readers.jpeg import open_jpeg
-from mapet.data.readers.pillow import FORMATS, convert_pillow_image, open_with_pillow
+from mapet.data.readers.pillow import FORMATS, check_webp, convert_pillow_image, open_with_pillow
 from mapet.data.readers.tiff import count_tiff_pages, open_tiff
 
 JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif")
@@ -75,6 +76,8 @@ def open_image(
             return open_jpeg(head + stream.read(), channels, options)
         if head.startswith(TIFF_HEADS):
             return open_tiff(file, channels, options, page)
+        if head[8:12] == b"WEBP":
+            check_webp(head)
         return open_with_pillow(file, channels, options)
 
 
@@ -113,5 +116,7 @@ def is_image_name(path: str | bytes) -> bool:
     try:
         with open(path, "rb", buffering=0) as stream:
             return stream.read(MAGIC_OFFSET + len(MAGIC))[MAGIC_OFFSET:] == MAGIC
-    except OSError:
+    except OSError as error:
+        if error.errno in SYSTEM_ERRORS:
+            raise
         return False

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Num
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mapet.config.limits import limits
 from mapet.config.shared import ReadOptions
 from mapet.data.readers.image import (
     ORIENTATIONS,
@@ -17,6 +18,7 @@ from mapet.data.readers.image import (
     ImageDecodeError,
     ImageFile,
     Orientation,
+    check_byte_count,
     check_pixel_count,
     translate_errors,
 )  # fmt: skip
@@ -25,6 +27,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 """Formats that Pillow may recognize in a file, whatever its name: it would open others, too (PostScript by starting Ghostscript)."""
 PNG_COLORS = (2, 4, 6)
 """Color types of PNG with more than one channel: RGB, gray and alpha, RGBA."""
+BYTES_PER_PIXEL = 24
+"""Memory that Pillow takes at most for a pixel of 8-bit channels, with its copies (an animated WebP; others take about 10)."""
 JP2_START = b"\xff\x4f\xff\x51"
 """Start and size markers of a JPEG 2000 code stream."""
 
@@ -42,11 +46,13 @@ def open_with_pillow(file: ImageFile, channels: int, options: ReadOptions) -> De
         ImageDecodeError: with the reason: Pillow does not know the format, the file is damaged or too large, other `channels`, values that
             need a range, ...
     """
+    if (most := limits().image_bytes // BYTES_PER_PIXEL) > 2 * (Image.MAX_IMAGE_PIXELS or most):
+        Image.MAX_IMAGE_PIXELS = most  # Pillow's own check, which by default allows as many as `limits`
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns from half the size that it refuses, and about odd EXIF
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as stored:
-                check_pixel_count(stored.height, stored.width)
+                _check_size(stored.height, stored.width)
                 values = _decode_deep(file, stored)
                 if values is None:
                     return convert_pillow_image(stored, channels, options)
@@ -60,6 +66,24 @@ def open_with_pillow(file: ImageFile, channels: int, options: ReadOptions) -> De
         raise ImageDecodeError("not an image, or of a format that Pillow does not read") from None
     except Image.DecompressionBombError as error:
         raise ImageDecodeError(f"too many pixels: {error}") from None
+
+
+def _check_size(height: int, width: int) -> None:
+    """Raise ImageDecodeError if an image that Pillow decodes is larger than `limits` allow."""
+    check_pixel_count(height, width)
+    check_byte_count(BYTES_PER_PIXEL * height * width, "bytes to decode")
+
+
+def check_webp(head: bytes) -> None:
+    """Raise ImageDecodeError if a WebP of these first bytes is larger than `limits` allow: Pillow would reserve the memory first."""
+    if head[12:16] == b"VP8X":  # 24 bits each, minus 1
+        width, height = (int.from_bytes(head[start : start + 3], "little") + 1 for start in (24, 27))
+    elif head[12:16] == b"VP8L":  # 14 bits each, minus 1, after a byte of signature
+        bits = int.from_bytes(head[21:25], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:  # VP8, after a tag of 3 bytes and 3 of signature: 14 bits each, and 2 of scale
+        width, height = (int.from_bytes(head[start : start + 2], "little") & 0x3FFF for start in (26, 28))
+    _check_size(height, width)
 
 
 def convert_pillow_image(stored: Image.Image, channels: int, options: ReadOptions) -> DecodedImage:

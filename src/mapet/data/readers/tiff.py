@@ -10,12 +10,12 @@ from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffFrame, TiffPage, Ti
 
 from mapet.config.shared import ReadOptions
 from mapet.data.readers.image import (
-    MAX_BYTES,
     ORIENTATIONS,
     DecodedImage,
     ImageDecodeError,
     ImageFile,
     Orientation,
+    check_byte_count,
     check_pixel_count,
     choose_page,
 )  # fmt: skip
@@ -99,10 +99,7 @@ def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | 
         used = image_pages if chosen is None else [image_pages[chosen]]
         first = used[0].page.keyframe
         check_pixel_count(first.imagelength, first.imagewidth)
-        if first.nbytes * len(used) > MAX_BYTES:
-            raise ImageDecodeError(
-                f"{first.nbytes * len(used):,} bytes of pixels, more than the {MAX_BYTES:,} that mapet reads"
-            )
+        check_byte_count(first.nbytes * len(used), "bytes of pixels")
         if first.dtype is None or first.dtype.kind not in "buif":
             kind = first.dtype or f"samples of {first.bitspersample} bits"
             raise ImageDecodeError(f"TIFF of {kind}, expected real numbers: save e.g. magnitude and phase as two bands")
