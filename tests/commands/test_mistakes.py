@@ -153,7 +153,7 @@ def test_ctrl_c_before_anything_is_saved_says_how_to_restart(capsys, crops, tmp_
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.fitting.make_teacher", interrupted)
     run = ["run", "--images", str(crops), "--out", str(tmp_path / "run"), "--time", "10000"]
     assert main(run) == 130
     assert f"mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err

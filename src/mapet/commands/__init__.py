@@ -118,7 +118,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher k-clip
     """
-    return _load("tokenizers.stages").fit_tokenizer(config)
+    return _load("tokenizers.fitting").fit_tokenizer(config)
 
 
 @command(TokenizeConfig, distributed=True)
@@ -129,7 +129,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
     """
-    return _load("tokenizers.stages").tokenize(config)
+    return _load("tokenizers.tokenization").tokenize(config)
 
 
 @command(InspectTokenizerConfig)

@@ -177,7 +177,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
         log.info("no warnings: the metrics show no known problem of these tokens")
     content = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
     content["label_free"] = tokenizer.description.get("label_free", False)
-    write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "measures": asdict(metrics)})
+    write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "metrics": asdict(metrics)})
     write_text(
         config.out / TOKENIZER_REPORT,
         render_tokenizer_report(metrics, warnings, str(config.tokenizer), tokenizer.description),

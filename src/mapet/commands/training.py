@@ -68,7 +68,7 @@ def finetune(config: FinetuneConfig) -> float:
 
 
 def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
-    """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/curve.png.
+    """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/learning_curve.png.
 
     With `resume`, a run whose run.json has an accuracy is finished: its metrics are returned, and nothing is trained. Another run
     resumes from its newest checkpoint. The checkpoints are deleted when the run has finished.
@@ -101,7 +101,7 @@ def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
         log.warning("the %s is not significantly above that of always predicting one class: %s", name, hint)
     if config.out:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        save_figure(plot_learning_curve(rows), config.out / "curve.png")
+        save_figure(plot_learning_curve(rows), config.out / "learning_curve.png")
         results = {**_results(metrics), "classes": train.classes}
         if calibration:
             results["calibration"] = calibration._asdict()

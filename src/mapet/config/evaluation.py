@@ -128,7 +128,7 @@ class FinetuneConfig(FinetuneOptions, shared.ReadOptions, shared.GroupOptions, s
     """Labeled images to test on; auto: a 20 % hold-out split of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model, its config (config.yaml), accuracy and provenance (run.json), curve (metrics.jsonl,
-    tensorboard/, curve.png) and, until it is finished, checkpoints; none: only the accuracy is returned."""
+    tensorboard/, learning_curve.png) and, until it is finished, checkpoints; none: only the accuracy is returned."""
     from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: shared.Labels | None = None

@@ -81,12 +81,12 @@ class Agreement:
     """How often two patches have the same token.
 
     Attributes:
-        share: fraction of the pairs with the same token.
+        fraction: fraction of the pairs with the same token.
         chance: fraction expected if both tokens were drawn independently, sum p_k q_k.
-        kappa: (share - chance) / (1 - chance): 0 chance, 1 all (Cohen 1960, doi 10.1177/001316446002000104).
+        kappa: (fraction - chance) / (1 - chance): 0 chance, 1 all (Cohen 1960, doi 10.1177/001316446002000104).
     """
 
-    share: float
+    fraction: float
     chance: float
     kappa: float
 
@@ -99,13 +99,13 @@ class MutualInformation:
         bits: mutual information minus `chance`: about 0, or a little below, where x and y are independent.
         chance: bias of the plain estimate, which it gives for shuffled pairings; it grows with the number of codes.
         error: standard error of `bits` where x and y are independent.
-        share: `bits` over the entropy of y; 1 if x determines y.
+        fraction: `bits` over the entropy of y; 1 if x determines y.
     """
 
     bits: float
     chance: float
     error: float
-    share: float
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,10 @@ def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreemen
     """
     num_codes = int(max(first.max(), second.max())) + 1
     p, q = (torch.bincount(ids.flatten(), minlength=num_codes).double() / ids.numel() for ids in (first, second))
-    share, chance = float((first == second).double().mean()), float(p @ q)
+    fraction, chance = float((first == second).double().mean()), float(p @ q)
     # If both tensors hold one and the same code alone, chance is 1 up to rounding, and the formula divides by zero.
-    kappa = 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0
-    return Agreement(share, chance, kappa)
+    kappa = 1 - (1 - fraction) / (1 - chance) if chance < 1 - 1e-12 else 1.0
+    return Agreement(fraction, chance, kappa)
 
 
 def neighbor_pairs(ids: Int[Tensor, "B rows columns"]) -> dict[str, TokenPair]:
@@ -355,7 +355,7 @@ def compute_token_metrics(
 def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     """Yield a warning for each metric of a tokenizer that makes its tokens poor targets, with the value and what to change.
 
-    In order: too few patches; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
+    In order: too few patches for these metrics; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
     perturbation of `metrics.stability`, tokens that change under jitter, noise, JPEG or a shift, or stored tokens that differ from
     computed ones; tokens that follow from the position; neighbors with equal tokens; tokens that tell nothing of their neighbors; tokens
     that tell nothing of the class. There is no threshold for 'flip'. Thresholds are the constants of this module, such as
@@ -374,14 +374,14 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or use more varied images"
     if usage.perplexity < MIN_PERPLEXITY_FRACTION * usage.reachable_codes:
         yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or use more varied images"
-    top, position = usage.top_code_fraction, metrics.position.share
+    top, position = usage.top_code_fraction, metrics.position.fraction
     if top > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:  # halfway between even use, 1 / K, and 1
         yield f"one token takes {top:.0%} of the patches: always predicting it scores well; crop even borders, or use more varied images"
     for name, pair in metrics.stability.items():
-        changed, change = f"{1 - pair.share:.0%}", PERTURBATIONS[name]
-        if name == "stored" and pair.share < 1:
+        changed, change = f"{1 - pair.fraction:.0%}", PERTURBATIONS[name]
+        if name == "stored" and pair.fraction < 1:
             yield (
-                f"{1 - pair.share:.1%} of the stored tokens differ from those of their images (chance: {1 - pair.chance:.1%}): the "
+                f"{1 - pair.fraction:.1%} of the stored tokens differ from those of their images (chance: {1 - pair.chance:.1%}): the "
                 "store belongs to other images or another tokenizer; run `mapet tokenize` again"
             )
         elif name in ("jitter", "noise", "jpeg") and pair.kappa < MIN_KAPPA_SMALL_CHANGE:
@@ -390,7 +390,7 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
             yield f"{changed} of the tokens change under {change}: they tell the position rather than the content; try another teacher"
     if position > MAX_POSITION_FRACTION:
         yield f"position alone tells {position:.0%} of a token: much of the task needs no image; tokenize random crops, or try another teacher"
-    neighbors_agree = min((pair.share for pair in metrics.coherence.values()), default=0.0)
+    neighbors_agree = min((pair.fraction for pair in metrics.coherence.values()), default=0.0)
     if neighbors_agree > MAX_NEIGHBOR_AGREEMENT:
         yield f"{neighbors_agree:.0%} of neighboring patches share their token: copying nearly solves the task; fit more codes, or use larger patches"
     neighbor, label = metrics.neighbor, metrics.label

@@ -201,7 +201,7 @@ class RunSummary(NamedTuple):
     probe: Mapping[str, Any] = {}
 
     def can_diagnose(self, series: Series) -> bool:
-        """Return whether a metric can be evaluated: it has `MIN_RECORDS` records, and the fraction `EARLY` of the planned epochs is over.
+        """Return whether a metric may be warned of: it has `MIN_RECORDS` records, and the fraction `EARLY` of the planned epochs is over.
 
         Without a recorded epoch, or a planned number of epochs, the records alone decide.
         """

@@ -204,7 +204,7 @@ class RunFiles:
 
     @property
     def inspection(self) -> dict[str, Any]:
-        """Return tokenizer_metrics.json: "warnings" and "measures" of `inspect-tokenizer`, if it wrote into a subfolder of the run.
+        """Return tokenizer_metrics.json: "warnings" and "metrics" of `inspect-tokenizer`, if it wrote into a subfolder of the run.
 
         {} without one; of several subfolders the first by name, those of the pre-training's folder before those of the parent run.
         """

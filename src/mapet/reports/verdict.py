@@ -25,7 +25,7 @@ class RunVerdict(NamedTuple):
 
 
 def summarize_comparisons(comparisons: Sequence[Mapping[str, Any]], num_test: int, num_images: int) -> RunVerdict:
-    """Compare a backbone by its linear probe with those of other features.
+    """Summarize how a backbone compares with other features by a linear probe.
 
     Args:
         comparisons: fields of `evaluation.controls.Verdict`, of the backbone against each other one, by names for the user.
@@ -71,7 +71,7 @@ def _advise(better: list[str], equal: list[str], worse: list[str], num_images: i
 
 
 def summarize_loss(history: History) -> RunVerdict:
-    """Say that without labels nothing tells whether the features are good, and what the loss tells."""
+    """Summarize a run without labels by its last loss and the unigram baseline."""
     losses, unigram = history["loss"].values, history["unigram_entropy"].values
     learned = "It has learned something of the images"
     if losses and unigram:

@@ -34,7 +34,8 @@ from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
 from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, format_condition
-from mapet.tokenizers.stages import fit_tokenizer, tokenize
+from mapet.tokenizers.fitting import fit_tokenizer
+from mapet.tokenizers.tokenization import tokenize
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.flops import flops_per_image
 from mapet.training.measure import time_training

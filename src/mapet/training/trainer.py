@@ -93,7 +93,7 @@ class Trainer(Generic[M, R]):
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
-        task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
+        task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.known_unreadable))
 
     def _auto_values(self, config: TrainerConfig) -> dict[str, Any]:
         """Return values for automatic options: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval` if None, `precision` if 'auto'.
@@ -167,7 +167,11 @@ class Trainer(Generic[M, R]):
         task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
         text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs:g} epochs"
-        counts = {"images": len(task.dataset.images), "unreadable": len(task.bad), "total_steps": self.total_steps}
+        counts = {
+            "images": len(task.dataset.images),
+            "unreadable": len(task.known_unreadable),
+            "total_steps": self.total_steps,
+        }
         hashes = {name.removesuffix("_hash"): digest for name, digest in task.hashes.items()}
         record(config.out, description=text, counts=counts, hashes=hashes, results=task.facts)
         log.info("%s, %s", text, self.compute)

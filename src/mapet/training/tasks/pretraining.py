@@ -207,9 +207,9 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         images = list_as_trained(config.images, config, tokenizer.read_options)
         # A token store holds the token ids of one or more views of each image, which `mapet tokenize` has computed.
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
-        self.bad = dict(store.unreadable) if store else {}
+        self.known_unreadable = dict(store.unreadable) if store else {}
         self.tokenizer, self.model = tokenizer, prepare_for_device(build_model(config, tokenizer), compute)
-        self.indices = np.setdiff1d(np.arange(len(images)), list(self.bad))
+        self.indices = np.setdiff1d(np.arange(len(images)), list(self.known_unreadable))
         # Rank 0's number is used by all: each rank has computed it from the free memory of its own device.
         auto = auto_batch_size(self.model, len(self.indices), compute)
         batch_size = config.batch_size or int(distributed.broadcast(torch.tensor(auto)))
@@ -253,7 +253,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         target = f"from {num_outputs} tokens" if config.target == "tokens" else f"as {config.target}"
         self.description = (
             f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {num_images:,} images of {format_size(image_size)} px, "
-            f"{most}{model.num_hidden} of {model.num_patches} patches predicted {target}"
+            f"{most}{model.num_masked} of {model.num_patches} patches predicted {target}"
         )
         if warning := few_images_warning(num_images):
             log.warning("%s", warning)

@@ -27,8 +27,8 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
+from mapet.tokenizers.fitting import fit_teacher
 from mapet.tokenizers.kmeans import default_vocab_size
-from mapet.tokenizers.stages import fit_teacher
 from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
