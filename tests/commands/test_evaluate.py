@@ -261,7 +261,7 @@ def test_default_few_shot_splits_skip_those_a_class_is_too_small_for(uneven, sma
     options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
     result = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
     assert {name for name in result if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
-    assert "fewer than few_shot=5, which is skipped" in caplog.text
+    assert "too few for 5 per class: skipped" in caplog.text
     assert "knn" in result and "cluster_nmi" in result  # the rest is there
     for requested in (
         {"few_shot": (5,)},

@@ -88,7 +88,9 @@ def test_coherence_of_checkerboards_and_stripes():
 
 
 def test_position():
-    assert position_information(torch.arange(16).view(1, 4, 4).expand(200, -1, -1)).fraction == pytest.approx(1, abs=0.03)
+    assert position_information(torch.arange(16).view(1, 4, 4).expand(200, -1, -1)).fraction == pytest.approx(
+        1, abs=0.03
+    )
     nothing = position_information(draw_tokens(200, 4, 4, below=32))
     assert abs(nothing.bits) < 3 * nothing.error
 

@@ -38,6 +38,8 @@ MIN_KAPPA_SHIFT = 0.25
 """Kappa when the window moves: below a quarter a token tells the position of its patch rather than its content."""
 MAX_POSITION_FRACTION = 0.5
 """Information on position over the token's entropy: past a half, most of a token can be predicted without the image."""
+ROUNDING = 1e-12
+"""Allowance for the rounding of sums of float64 fractions."""
 MAX_NEIGHBOR_AGREEMENT = 0.9
 """Neighbors with the same token: past nine in ten, copying the token beside solves the task, and little is learned."""
 PATCHES_PER_CODE = 5
@@ -163,13 +165,15 @@ def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
     counts = torch.bincount(ids.flatten(), minlength=vocab_size)
     num_patches, num_used = int(counts.sum()), int((counts > 0).sum())
     covered = counts.sort(descending=True).values.double().cumsum(0) / num_patches
-    # Number of codes, most frequent first, that cover 50 % and 90 % of the patches; 1e-12 allows for the rounding of sums.
-    half, most = (torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - 1e-12) + 1).tolist()
+    # Number of codes, most frequent first, that cover 50 % and 90 % of the patches.
+    fifty_percent, ninety_percent = (
+        torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - ROUNDING) + 1
+    ).tolist()
     bits = float(entropy(counts, base=2))
     return CodeUsage(
         num_used, vocab_size - num_used, reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** num_patches), entropy=bits,
-        perplexity=2**bits, top_code_fraction=float(covered[0]), codes_for_half=half / vocab_size,
-        codes_for_most=most / vocab_size, patches=num_patches,
+        perplexity=2**bits, top_code_fraction=float(covered[0]), codes_for_half=fifty_percent / vocab_size,
+        codes_for_most=ninety_percent / vocab_size, patches=num_patches,
     )  # fmt: skip
 
 
@@ -187,7 +191,7 @@ def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreemen
     p, q = (torch.bincount(ids.flatten(), minlength=num_codes).double() / ids.numel() for ids in (first, second))
     fraction, chance = float((first == second).double().mean()), float(p @ q)
     # If both tensors hold one and the same code alone, chance is 1 up to rounding, and the formula divides by zero.
-    kappa = 1 - (1 - fraction) / (1 - chance) if chance < 1 - 1e-12 else 1.0
+    kappa = 1 - (1 - fraction) / (1 - chance) if chance < 1 - ROUNDING else 1.0
     return Agreement(fraction, chance, kappa)
 
 
@@ -364,7 +368,14 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     Args:
         metrics: of the tokens of a sample of images, as `compute_token_metrics` returns them.
     """
-    usage, K, bag = metrics.usage, metrics.vocab_size, metrics.bag_of_tokens
+    yield from _usage_warnings(metrics)
+    yield from _stability_warnings(metrics)
+    yield from _information_warnings(metrics)
+
+
+def _usage_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about how often codes are used."""
+    usage, K = metrics.usage, metrics.vocab_size
     if usage.patches < PATCHES_PER_CODE * K:
         # Number of images that have PATCHES_PER_CODE patches for each code.
         enough = option("sample", ceil(PATCHES_PER_CODE * K * metrics.images / usage.patches))
@@ -374,9 +385,13 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or use more varied images"
     if usage.perplexity < MIN_PERPLEXITY_FRACTION * usage.reachable_codes:
         yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or use more varied images"
-    top, position = usage.top_code_fraction, metrics.position.fraction
+    top = usage.top_code_fraction
     if top > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:  # halfway between even use, 1 / K, and 1
         yield f"one token takes {top:.0%} of the patches: always predicting it scores well; crop even borders, or use more varied images"
+
+
+def _stability_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about tokens that change under perturbations, or differ from stored ones."""
     for name, pair in metrics.stability.items():
         changed, change = f"{1 - pair.fraction:.0%}", PERTURBATIONS[name]
         if name == "stored" and pair.fraction < 1:
@@ -388,6 +403,15 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
             yield f"{changed} of the tokens change under {change}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and pair.kappa < MIN_KAPPA_SHIFT:
             yield f"{changed} of the tokens change under {change}: they tell the position rather than the content; try another teacher"
+
+
+def _information_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about what a token tells of its position, its neighbors and the class of its image.
+
+    Args:
+        metrics: see `token_warnings`.
+    """
+    usage, position, bag = metrics.usage, metrics.position.fraction, metrics.bag_of_tokens
     if position > MAX_POSITION_FRACTION:
         yield f"position alone tells {position:.0%} of a token: much of the task needs no image; tokenize random crops, or try another teacher"
     neighbors_agree = min((pair.fraction for pair in metrics.coherence.values()), default=0.0)

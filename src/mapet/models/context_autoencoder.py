@@ -87,8 +87,8 @@ class ContextAutoencoder(ViTForPreTraining):
         if num_predict is not None:
             raise MapetError(f"objective 'cae' predicts all masked patches at once: omit {option('num_predict')}")
         if vit.embed_dim % 4:
-            wrong = f"the ViT's width is {vit.embed_dim}, but objective 'cae' needs a multiple of 4 for its sine-cosine positions"
-            raise MapetError(f"{wrong}: choose another {option('model')}")
+            problem = f"the ViT's width is {vit.embed_dim}, but objective 'cae' needs a multiple of 4 for its sine-cosine positions"
+            raise MapetError(f"{problem}: choose another {option('model')}")
         norm = type(vit.blocks[0].norm1)
         self.regressor, self.decoder = _make_blocks(vit, RegressorBlock), _make_blocks(vit, Block)
         self.regressor_norm, self.decoder_norm = norm(vit.embed_dim), norm(vit.embed_dim)
@@ -97,7 +97,7 @@ class ContextAutoencoder(ViTForPreTraining):
 
     @property
     def drop_path_blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order in which a forward pass runs them, each with its own factors of stochastic depth.
+        """Return the blocks in the order in which a forward pass runs them, each with its own factors of stochastic depth.
 
         The ViT's blocks come twice: they encode the context patches, then the masked ones.
         """
@@ -158,16 +158,16 @@ class ContextAutoencoder(ViTForPreTraining):
     def encode_patches(
         self, batch: Batch, indices: Int[Tensor, "B n"], scales: Iterator[DropPathScale]
     ) -> Float[Tensor, "B n D"]:
-        """Run the ViT on its prefix tokens and n patches of each image, which attend to each other and to no other patch.
+        """Encode n patches of each image by the ViT: they and the prefix tokens attend to each other, and to no other patch.
 
         Args:
-            batch: its `images`, normalized, are used; all their patches are embedded.
+            batch: only its normalized `images` are used.
             indices: row-major indices of the n patches of each image.
-            scales: factors of stochastic depth, one item for each block of a forward pass (see `DropPathScale`); an item for each of the
-                ViT's blocks is taken from it, so that the iterator continues with the factors of the network that runs next.
+            scales: drop-path scales of the blocks, in the order of a forward pass. One is taken for each of the ViT's blocks: the caller
+                passes the same iterator on to the network that runs next.
 
         Returns:
-            Outputs of the ViT's final norm for the n patches, in the order of `indices`, without the prefix tokens.
+            Latents of the n patches, in the order of `indices`: the ViT's output after its final norm, without prefix tokens.
         """
         vit = self.vit
         assert batch.images is not None
@@ -227,6 +227,9 @@ def _make_blocks(vit: VisionTransformer, kind: type[Block]) -> nn.ModuleList:
     Args:
         vit: its blocks are alike but for their drop-path rates.
         kind: `RegressorBlock`, or timm's Block for the decoder.
+
+    Returns:
+        The blocks.
     """
     first, max_drop_path = vit.blocks[0], getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)
     options = {

@@ -87,7 +87,7 @@ class PackedLayout(NamedTuple):
 
     @property
     def queries_only(self) -> bool:
-        """Whether nothing attends to the output rows, so that those of patches that aren't predicted may be omitted."""
+        """Return whether nothing attends to the output rows, so that those of patches that aren't predicted may be omitted."""
         return self.output_rows.start >= self.num_kv
 
 

@@ -21,6 +21,8 @@ from mapet.errors import MapetError, option
 from mapet.models.objectives import Objective
 from mapet.models.packing import PackedLayout, QueryBlock, TargetIndices, gather_patches, pack, two_stream_attention
 
+MAE_EPS = 1e-6
+"""Added to the variance of a patch's pixels, as in MAE."""
 INIT_STD = 0.02
 """Standard deviation of the first mask token and head weights (BEiT's)."""
 TargetKind = Literal["tokens", "pixels", "features"]
@@ -186,7 +188,7 @@ def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) 
     """
     blocks = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, C, rows, height, columns, width)
     patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()  # epsilon: MAE's
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + MAE_EPS).sqrt()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -252,15 +254,15 @@ class ViTForPreTraining(nn.Module):
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
-            expected = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
-            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) are out of range: {expected}")
+            expected = f"an image has {num_patches} patches: give 0 to {num_patches - 1}"
+            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) are out of range, {expected}")
         num_masked = num_patches - num_context
         if num_predict is not None and not 1 <= num_predict <= num_masked:
-            expected = f"{num_masked} patches are masked, so 1 to {num_masked}"
-            raise MapetError(f"{option('num_predict', num_predict)} is out of range: {expected}")
+            expected = f"{num_masked} patches are masked: give 1 to {num_masked}"
+            raise MapetError(f"{option('num_predict', num_predict)} is out of range, {expected}")
         if vit.pos_embed is None:
-            found = "the ViT has no position embeddings (timm: pos_embed 'none'), which are added to mask tokens"
-            raise MapetError(f"{found}: choose another {option('model')} or {option('model_args')}")
+            problem = "the ViT has no position embeddings (timm: pos_embed 'none'), which are added to mask tokens"
+            raise MapetError(f"{problem}: choose another {option('model')} or {option('model_args')}")
         if separate_query_token and "query" not in objective.attends_to:
             raise MapetError(f"objective '{objective.name}' has no query tokens: omit {option('separate_query_token')}")
         self.vit, self.objective = vit, objective
@@ -282,12 +284,12 @@ class ViTForPreTraining(nn.Module):
 
     @property
     def drop_path_blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order in which a forward pass runs them: `Batch.drop_path_rand` has two numbers for each."""
+        """Return the blocks in the order in which a forward pass runs them: `Batch.drop_path_rand` has two numbers for each."""
         return list(self.vit.blocks)
 
     @property
     def num_masked(self) -> int:
-        """p = N - c, for the model's own c."""
+        """Return p = N - c, for the model's own c."""
         return self.num_patches - self.num_context
 
     def layout(self, num_context: int | None = None) -> PackedLayout:

@@ -84,6 +84,7 @@ def plot_run(
         inspected: tokens of the sample, and the model's predictions, attention and features of its first images.
         model: on `compute.device`.
         images: all images: for a fixed sample of them, held-out images, their nearest training images and a linear probe are computed.
+        compute: device and precision.
 
     Returns:
         Name -> figure: "token_maps", "patches_by_code", "attention_mask", "features"; "predictions" if the model predicts tokens;

@@ -25,7 +25,7 @@ from mapet.data.image_list import ImageList
 from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import MapetError, format_size, option
+from mapet.errors import MapetError, format_size, option, pluralize
 from mapet.files import KMEANS_STATE, check_same_options, create_output_dir
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
@@ -41,7 +41,7 @@ from mapet.tokenizers.tokenizer import (
 )
 
 log = logging.getLogger("mapet")
-RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
+RECORDED_OPTIONS = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
 """Options that are stored with the tokenizer."""
 NUM_FIT_IMAGES = 2_000
 """A teacher that learns from images is fitted to at most so many."""
@@ -52,9 +52,12 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
 
     All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves.
 
-    The folder appears at the end, complete. Until then only k-means saves its state, in the hidden file OUT/.kmeans.safetensors, which the
+    The folder appears at the end, complete. Until then only k-means saves its state, in the file OUT/.kmeans.safetensors, which the
     tokenizer's folder replaces. With `config.resume` and the same options, a fit that was stopped computes the features again and resumes at
     the last saved round of k-means; a fit stopped before that restarts, and one that had finished is returned.
+
+    Args:
+        config: options of `mapet fit-tokenizer`.
 
     Returns:
         The tokenizer, with its teacher, on the device of `config`.
@@ -93,7 +96,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         fit_config = {}
         result = count_tokens(teacher.builtin_quantizer, features)
     else:
-        fit_config = config.model_dump(mode="json", include=RECORDED)
+        fit_config = config.model_dump(mode="json", include=RECORDED_OPTIONS)
         # By default half of the free memory; a CPU's is divided among the ranks, a GPU belongs to one rank.
         divisor = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
         memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // divisor
@@ -119,13 +122,12 @@ def _load_finished(config: FitTokenizerConfig) -> Tokenizer:
     tokenizer = load_tokenizer(config.out)
     recorded = tokenizer.description["teacher"] | tokenizer.description["fit_config"]
     values = config.model_dump(mode="json")
-    now = {key: values[name] for key, name in SETTINGS.items()} | {name: values[name] for name in RECORDED}
-    now |= {"images_hash": list_images(config.images).hash}
-    now["teacher"] = (
-        config.teacher[0] if len(config.teacher) == 1 else [*config.teacher]
-    )  # as `make_teacher` records it
-    now = {key: value for key, value in now.items() if key in recorded and value is not None}
-    check_same_options(config.out, {key: recorded[key] for key in now}, now)
+    current = {key: values[name] for key, name in SETTINGS.items()} | {name: values[name] for name in RECORDED_OPTIONS}
+    current |= {"images_hash": list_images(config.images).hash}
+    # as `make_teacher` records it
+    current["teacher"] = config.teacher[0] if len(config.teacher) == 1 else [*config.teacher]
+    current = {key: value for key, value in current.items() if key in recorded and value is not None}
+    check_same_options(config.out, {key: recorded[key] for key in current}, current)
     log.info("%s is finished", config.out)
     return tokenizer
 
@@ -218,6 +220,7 @@ def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int
     Args:
         config: `vocab_size`, `quantizer` and `fsq_levels` are used; with a built-in codebook no option of quantizers may be given.
         num_patches: of all images; the default V depends on it.
+        teacher: its built-in codebook, if it has one, gives V.
 
     Raises:
         MapetError: options for a codebook, but the teacher has one built in; or `vocab_size` is too small for FSQ, or no power of two
@@ -266,7 +269,9 @@ def _local_sample(
     sample = np.random.default_rng(config.seed).permutation(num_images)[:sample_size].tolist()
     rank, world_size = distributed.rank(), distributed.world_size()
     if len(sample) < world_size:
-        raise MapetError(f"{world_size} processes for {len(sample)} images: start fewer processes")
+        raise MapetError(
+            f"{world_size} processes for a sample of {pluralize(len(sample), 'image')}: start fewer processes or give more images"
+        )
     first, last = len(sample) * rank // world_size, len(sample) * (rank + 1) // world_size
     return sample[first:last], min(max_patches, last * patches_per_image) - first * patches_per_image
 

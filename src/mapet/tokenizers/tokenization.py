@@ -15,8 +15,8 @@ from mapet.data.sources import list_as_trained
 from mapet.data.token_store import TokenShard, TokenStore
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext
-from mapet.errors import Interrupted, MapetError, option, pluralize
-from mapet.files import MANIFEST, create_output_dir
+from mapet.errors import Interrupted, pluralize
+from mapet.files import MANIFEST, check_same_options, create_output_dir
 from mapet.signals import stop_signals
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,6 +31,9 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     All ranks of a process group call it. A store has shards, files of consecutive images; each rank writes some of the unfinished ones. A
     shard records how many of its rows are written, also on a signal or an error: with `config.resume` the next call resumes after them.
 
+    Args:
+        config: options of `mapet tokenize`.
+
     Returns:
         The complete store, opened for reading. Unreadable images have a row of zeros and are listed in `store.unreadable`.
 
@@ -43,7 +46,7 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
     images = list_as_trained(config.images, config, tokenizer.read_options)
     teacher = tokenizer.teacher
-    assert teacher is not None  # `load_tokenizer` makes it unless told not to
+    assert teacher is not None  # `load_tokenizer` makes it by default
     if distributed.rank() == 0:
         warn_outside_range(images, teacher.settings["channels"])
     store = _open_store(config, images, tokenizer)
@@ -54,10 +57,10 @@ def tokenize(config: TokenizeConfig) -> TokenStore:
     batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
     rank, world_size = distributed.rank(), distributed.world_size()
     title = f"tokenize (rank {rank} of {world_size})" if world_size > 1 else "tokenize"
-    hidden = None if work else True  # None: shown on a terminal
+    disable = None if work else True  # None: the bar is shown on a terminal
     with (
         stop_signals("saving after this batch") as stop,
-        tqdm(total=sum(len(rows) for _, rows in work), desc=title, unit="img", disable=hidden) as bar,
+        tqdm(total=sum(len(rows) for _, rows in work), desc=title, unit="img", disable=disable) as bar,
     ):
         shard = work[0][0] if work else None
         try:
@@ -93,6 +96,9 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
         images: the store has a row for each, and records their hash.
         tokenizer: gives the hash, V, grid and view size that the store records.
 
+    Returns:
+        The store, open for writing.
+
     Raises:
         MapetError: the folder is not empty and not to be resumed, or the store is of other images, another tokenizer or other views.
     """
@@ -104,10 +110,11 @@ def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer)
     distributed.barrier()  # the store exists
     store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
     if (store.view_spec, store.num_views) != (spec, num_views):
-        raise MapetError(
-            f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, but now the options ask for "
-            f"{num_views} views {spec.model_dump()}: use the same options or a new {option('out')}"
+        expected, actual = (
+            {"num_views": views, **view_spec.model_dump(mode="json")}
+            for views, view_spec in ((store.num_views, store.view_spec), (num_views, spec))
         )
+        check_same_options(config.out, expected, actual)
     distributed.barrier()  # every rank has checked before one writes
     return store
 

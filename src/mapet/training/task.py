@@ -105,7 +105,7 @@ class Task(Generic[C, M, R]):
 
     @property
     def product_module(self) -> M:
-        """The part of the model that `evaluate` and `finish` take."""
+        """Return the part of the model that `evaluate` and `finish` take."""
         return cast(M, self.model)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:

@@ -8,6 +8,9 @@ import numpy as np
 from mapet.config.shared import ReadOptions
 from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_pixel_count
 
+NUM_NAMES_SHOWN = 5
+"""Arrays of an archive that a message names."""
+
 
 def open_array(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
     """Open an `.npy` array of shape (H, W) or (H, W, C).
@@ -40,7 +43,8 @@ def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> Decode
     """
     with np.load(io.BytesIO(file) if isinstance(file, bytes) else file, allow_pickle=False) as archive:
         if len(archive.files) != 1:
-            names = ", ".join(archive.files[:5]) + (", ..." if len(archive.files) > 5 else "")
+            has_more = len(archive.files) > NUM_NAMES_SHOWN
+            names = ", ".join(archive.files[:NUM_NAMES_SHOWN]) + (", ..." if has_more else "")
             raise ImageDecodeError(
                 f".npz of {len(archive.files)} arrays ({names}): save each image as an .npy file (`np.save`)"
             )
@@ -48,16 +52,28 @@ def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> Decode
 
 
 def _from_array(array: np.ndarray, kind: str, channels: int, options: ReadOptions) -> DecodedImage:
-    """Make an image of an array; see `open_array`."""
+    """Make an image of an array of shape (H, W) or (H, W, C).
+
+    Args:
+        array: as it is stored.
+        kind: format, e.g. 'NPY'.
+        channels, options: see `open_array`.
+
+    Returns:
+        The image.
+
+    Raises:
+        ImageDecodeError: see `open_array`.
+    """
     if array.dtype.kind not in "buif":
         raise ImageDecodeError(f"array of {array.dtype}, expected integers or floating-point numbers")
-    found, expected = array.shape, channels if options.bands is None else "C"
+    shape, expected = array.shape, channels if options.bands is None else "C"
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or 0 in array.shape or (options.bands is None and array.shape[2] != channels):
-        is_first = array.ndim == 3 and found[0] == channels
-        fix = "; channels come last: save it after `np.moveaxis(array, 0, -1)`" if is_first else ""
-        raise ImageDecodeError(f"array of shape {found}, expected (H, W, {expected}){fix}")
+        is_first = array.ndim == 3 and shape[0] == channels
+        hint = "; channels come last: save it after `np.moveaxis(array, 0, -1)`" if is_first else ""
+        raise ImageDecodeError(f"array of shape {' x '.join(map(str, shape))}, expected (H, W, {expected}){hint}")
     check_pixel_count(*array.shape[:2])
     is_bool = array.dtype.kind == "b"
     return DecodedImage(

@@ -7,7 +7,7 @@ const FRAME_COLORS = ["#ffffff", "#D55E00"]; // a white frame around an orange o
 class StepThrough {
   /**
    * data: what `step_through` of figures.py returns: grid ([rows, columns]), size ([height, width]), num_masked (number of masked patches, 0 if no
-   *   tokens are predicted), attends_to_targets, attends_to_positions, images (order and tokens of patches, predicted, sure, chance, pictures).
+   *   tokens are predicted), attends_to_targets, attends_to_positions, images (order and tokens of patches, predicted, sure, chance, image data).
    * root: the element that holds the canvases (data-shows) and controls.
    */
   constructor(data, root) {
