@@ -33,7 +33,7 @@ METRICS = {
     "noise": ("stability", "noise", "kappa"),
     "shift": ("stability", "shift", "kappa"),
     "neighbor": ("neighbor", "bits"),
-    "position": ("position", "share"),
+    "position": ("position", "fraction"),
     "class": ("label", "bits"),
     "bag": ("bag_of_tokens", "accuracy"),
 }
@@ -98,7 +98,7 @@ def token_metrics(name: str, spec: dict[str, Any], out: Path, images: Path) -> R
         mapet.inspect_tokenizer(
             tokenizer=out / "study" / "tokenizers" / name / "tokenizer", images=images, out=folder, **own
         )
-    metrics = json.loads((folder / "tokenizer_metrics.json").read_text())["measures"]
+    metrics = json.loads((folder / "tokenizer_metrics.json").read_text())["metrics"]
     row: Row = {}
     for column, path in METRICS.items():
         value = metrics

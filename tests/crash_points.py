@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-IGNORED = ("log.txt", "run.json", "train.log", "report.html", "curve.png")
+IGNORED = ("log.txt", "run.json", "train.log", "report.html", "learning_curve.png")
 """Files with times and processes in them."""
 TIMES = re.compile(r', "(images_per_second|data_time_fraction|seconds)": [^,}]+')
 IMAGE_LIMITS = ("--image-size", "8", "--patch-size", "2", "--channels", "1")

@@ -28,7 +28,7 @@ class Options(Config):
 
 def write_lock(folder, age=0.0, **fields):
     """The lock of another process, renewed `age` seconds ago."""
-    holder = Holder.of_this_process()._replace(**fields)
+    holder = Holder.from_this_process()._replace(**fields)
     (folder / LOCK_FILE).write_text(json.dumps(holder))
     os.utime(folder / LOCK_FILE, (time.time() - age,) * 2)
     return holder
@@ -36,12 +36,12 @@ def write_lock(folder, age=0.0, **fields):
 
 def parent():
     """A process that is alive, of this host: pytest's own parent."""
-    return {"pid": os.getppid(), "started": lock._start_of(os.getppid())}
+    return {"pid": os.getppid(), "started": lock._process_start(os.getppid())}
 
 
 def gone():
     process = subprocess.Popen(["true"])
-    started = lock._start_of(process.pid)
+    started = lock._process_start(process.pid)
     process.wait()
     return {"pid": process.pid, "started": started}
 
@@ -84,7 +84,7 @@ def test_who_is_gone(age, fields, stale, tmp_path):
         write_lock(inner, age, **fields())  # the same holder's, of a folder within: taken with the first
         with folder_lock(inner):
             pass
-    lock._taken_over.clear()
+    lock._previous_holders.clear()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"host": 1}'])

@@ -31,7 +31,7 @@ from mapet.config.base import (
 from mapet.config.shared import trust_teachers
 from mapet.errors import Interrupted, MapetError, did_you_mean, option, os_error_hint, spell_as_flags
 from mapet.run_state import CONFIG_FILE, find_config, is_first_rank, read_command
-from mapet.signals import RESUME_HINT
+from mapet.signals import RESUME_HINT, SIGINT_EXIT_CODE
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 EPILOG = """\
@@ -65,6 +65,8 @@ BASIC_OPTIONS = """images test_images backbone run tokenizer tokens teacher mode
 vocab_size views protocols labels_per_class tokenizers grid time epochs batch_size lr device out resume query"""
 """Options that the short `--help` shows, beside required ones, if a command has more than `MAX_BASIC_OPTIONS` of its own."""
 MAX_BASIC_OPTIONS = 15
+SIGPIPE_EXIT_CODE = 141
+"""128 + SIGPIPE, as shells report a process whose reader has closed the pipe."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # started without one: its number would go to the next file that is opened
+        if getattr(sys, stream) is None:  # started without one: its descriptor would go to the next file that is opened
             setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the process ends)
         if isinstance(getattr(sys, stream), io.TextIOWrapper):  # names of files may be in any encoding
             getattr(sys, stream).reconfigure(errors="backslashreplace")
@@ -103,10 +105,10 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print(f"mapet {name}: interrupted", file=sys.stderr)
-        return 130
+        return SIGINT_EXIT_CODE
     except BrokenPipeError:  # e.g. `| head`
         silence_stdout()
-        return 141
+        return SIGPIPE_EXIT_CODE
     except OSError as error:  # disk full, permission denied, ...
         text = f"cannot access {error.filename or 'a file'} ({error.strerror or error}){os_error_hint(error.errno)}"
         print(f"mapet {name}: {text}", file=sys.stderr)
@@ -151,6 +153,9 @@ def run_command(name: str, argv: list[str]) -> Any:
         name: the command's name, e.g. 'fit-tokenizer'.
         argv: the arguments after the name, e.g. ['runs/a/config.yaml', '--resume'].
 
+    Returns:
+        What the command returns; None after help.
+
     Raises:
         MapetError: an unknown command; unknown, missing or wrong options; the config of another command; or a run to resume that
             is not in the folder that `out` names. Errors of the command itself pass unchanged.
@@ -176,12 +181,12 @@ def run_command(name: str, argv: list[str]) -> Any:
     out = getattr(config, "out", None) if getattr(config, "resume", False) else None
     # a relative `out` is wrong in another working directory than the run's, and so is any `out` once the run's folder has been moved
     if path and out and written_by and path.parent.resolve() != out.resolve():
-        wrong = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}"
+        problem = f"{path} is the config of the run in {path.parent}, but its {option('out')} is {out}"
         moved = f"if the run was moved, give {option('out')} {quote(str(path.parent))}"
         if out.is_absolute():
-            raise MapetError(f"{wrong}: {moved}")
+            raise MapetError(f"{problem}: {moved}")
         raise MapetError(
-            f"{wrong}, relative to {Path.cwd()}: change to the directory that the run was started in, or {moved}"
+            f"{problem}, relative to {Path.cwd()}: change to the directory that the run was started in, or {moved}"
         )
     with trust_teachers(typed):
         return function(config)
@@ -272,7 +277,11 @@ def _suggest_option(name: str, folder: Path, resume: bool) -> str:
     if config := find_config(folder, (name,)):
         return f"did you mean {config[1]}?"
     is_tokenizer = (folder / "visual_tokenizer.json").is_file()
-    likely = ["out"] if resume else ["tokenizer"] if is_tokenizer else ["run", "backbone", "bundle"]
+    likely = ["run", "backbone", "bundle"]
+    if resume:
+        likely = ["out"]
+    elif is_tokenizer:
+        likely = ["tokenizer"]
     fields = COMMANDS[name].config_type.model_fields
     field = next(field for field in [*likely, "images", "out"] if field in fields)
     return f"give it as {option(field)} {quote(str(folder))}"
@@ -282,6 +291,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises MapetError for wrong arguments, where argparse would end the process."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise the error of argparse as a MapetError."""
         raise MapetError(f"{message}. See `{self.prog} --help`")
 
 
@@ -300,6 +310,9 @@ def create_parser(function: AnyCommand, hide: bool = False) -> argparse.Argument
         hide: omit some options from the help text, as `--help` does; the parser still takes them. Omitted are all options of
             sections and, if the command has more than `MAX_BASIC_OPTIONS` of its own, those that are neither required nor in
             `BASIC_OPTIONS`. False: show all, as `--help-all` does.
+
+    Returns:
+        The parser.
     """
     config_type, name = function.config_type, command_name(function)
     description, _, example = (inspect.getdoc(function) or "").partition("Example:")

@@ -16,13 +16,20 @@ import torch
 
 from mapet import distributed
 from mapet.config.shared import Precision
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, first_line, option
 
 log = logging.getLogger("mapet")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 MEMINFO = Path("/proc/meminfo")
 """Linux's file about its memory."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = 32 << 20, 2**31 - 1
+"""Bytes from which on an allocation is not taken from the heap (glibc's maximum); free bytes at the heap's end that are kept (all)."""
+MAX_AUTO_WORKERS = 8
+DEFAULT_FREE_MEMORY = 4 << 30
+"""Bytes that count as free where the system does not say how many are."""
+TIMED_SHAPES = ((1024, 384), (384, 1536))
+"""Shapes of the matrix product that is timed: tokens by width of a ViT-S, and the first layer of its MLP."""
 NUM_TIMINGS, MIN_SPEEDUP = 5, 1.2
 """Timings of a matrix product, of which the shortest counts; how much faster bfloat16 must be, as it rounds."""
 WORKERS = "MAPET_WORKERS"
@@ -50,15 +57,19 @@ class ComputeContext:
                 several ranks, each takes the CUDA device of its local rank.
             precision: 'float32', 'bfloat16', or 'auto': the one that `faster_precision` measures, on rank 0.
 
+        Returns:
+            The context.
+
         Raises:
             MapetError: the device is not available.
         """
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+            device = next(name for name, is_available in available.items() if is_available)
         try:
             resolved = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            torch_reason = str(error).splitlines()[0].split(". ")[0]
+            torch_reason = first_line(error).split(". ")[0]
             reasons = {"cuda": torch_reason, "mps": "this machine or this build of PyTorch has no MPS"}
             reason = reasons.get(device.split(":")[0], "mapet knows no device of that name")
             raise MapetError(
@@ -83,7 +94,7 @@ class ComputeContext:
 
     @property
     def precision(self) -> str:
-        """'float32' or 'bfloat16'."""
+        """Return 'float32' or 'bfloat16'."""
         return str(self.dtype).removeprefix("torch.")
 
     def to(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -111,7 +122,7 @@ def faster_precision(device: torch.device) -> Precision:
 
 def _time_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """Return the seconds of a matrix product, of the size of the first layer of an MLP in a ViT-S for a few images."""
-    rows, weight = (torch.ones(shape, device=device, dtype=dtype) for shape in ((1024, 384), (384, 1536)))
+    rows, weight = (torch.ones(shape, device=device, dtype=dtype) for shape in TIMED_SHAPES)
     started = time.perf_counter()
     float((rows @ weight)[0, 0])  # waits for the device
     return time.perf_counter() - started
@@ -124,8 +135,8 @@ def _tune_malloc() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # bytes; larger allocations are never taken from the heap: glibc's maximum
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # free bytes at the end of the heap before they are returned: never
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
 
 
 @functools.cache
@@ -161,7 +172,7 @@ def num_workers() -> int:
         raise MapetError(
             f"{WORKERS}={value}: must be the number of processes that read images, a whole number from 0; set it so, or unset it"
         )
-    return int(value) if value else max(1, min(8, usable_cores() - 1))
+    return int(value) if value else max(1, min(MAX_AUTO_WORKERS, usable_cores() - 1))
 
 
 def free_memory(device: torch.device) -> int:
@@ -176,4 +187,4 @@ def free_memory(device: torch.device) -> int:
             return int(available[1]) * 1024
     with suppress(ValueError, OSError):
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return 4 << 30  # 4 GiB, a guess: the system doesn't say
+    return DEFAULT_FREE_MEMORY

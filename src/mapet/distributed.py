@@ -52,11 +52,11 @@ def disable_collectives() -> Iterator[None]:
     Within the context collectives return their input unchanged, `world_size()` is 1 and `rank()` is 0. Contexts may be nested.
     """
     global _collectives_disabled
-    before, _collectives_disabled = _collectives_disabled, True
+    previous, _collectives_disabled = _collectives_disabled, True
     try:
         yield
     finally:
-        _collectives_disabled = before
+        _collectives_disabled = previous
 
 
 def is_initialized() -> bool:

@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
+MIN_PART_SIMILARITY, MIN_NAME_SIMILARITY = 0.75, 0.6
+"""Similarity, 0 to 1, from which on difflib takes the last parts of two names, or two names, for alike."""
 MAX_REASON_CHARS = 300
 """Characters of another library's error that are quoted."""
 
 
 class _Spelling(NamedTuple):
-    """How messages write options.
+    """Spelling of options in messages.
 
     Attributes:
         flags: as flags of the command line, `--lr`; else as Python keywords, `lr`.
@@ -127,30 +129,35 @@ def format_size(size: Sequence[int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def pluralize(number: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """Format a count and its noun: '1 epoch', '1,437 images'."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def os_error_hint(number: int | None) -> str:
+def os_error_hint(code: int | None) -> str:
     """Return ': ' and what to do about an error of the system, or '' if its own text suffices.
 
     Args:
-        number: the `errno` of the OSError.
+        code: the `errno` of the OSError; None if unknown.
     """
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ": you may not read or write there; give another folder, or change its permissions"
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return ": make room, or give a folder on another disk; what was saved before is intact"
     return ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's text for a message, at most `MAX_REASON_CHARS` and without a final period.
 
     Where an error has no text it is the name of its type.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON_CHARS].rstrip(".")
+
+
+def describe_key_error(error: Exception) -> str:
+    """Return why the content of a file cannot be used: the key that it lacks, for a KeyError, else `first_line`."""
+    return f"it has no {error.args[0]!r}" if isinstance(error, KeyError) and error.args else first_line(error)
 
 
 def install_hint(extra: str) -> str:
@@ -173,9 +180,9 @@ def check_divisible(image_size: tuple[int, int], patch_size: int) -> None:
     """
     if any(side < patch_size or side % patch_size for side in image_size):
         nearest = [max(1, round(side / patch_size)) * patch_size for side in image_size]
-        found = f"image size {format_size(image_size)} is not divisible by the patch size {patch_size}"
+        problem = f"image size {format_size(image_size)} is not divisible by the patch size {patch_size}"
         raise MapetError(
-            f"{found}; the nearest that is: {option('image_size', *nearest)}", field="image_size", value=image_size
+            f"{problem}; the nearest that is: {option('image_size', *nearest)}", field="image_size", value=image_size
         )
 
 
@@ -189,12 +196,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     last_parts = {candidate: candidate.lstrip("-").rpartition(".")[2] for candidate in known}
     last_part = name.lstrip("-").rpartition(".")[2]
     containing = [candidate for candidate in last_parts if len(last_part) > 2 and last_part in candidate]
-    closest_parts = difflib.get_close_matches(last_part, last_parts.values(), n=1, cutoff=0.75)
+    closest_parts = difflib.get_close_matches(last_part, last_parts.values(), n=1, cutoff=MIN_PART_SIMILARITY)
     # 4: what shorter names begin with says nothing
     beginnings = difflib.get_close_matches(name, {known[: len(name)] for known in last_parts if len(name) >= 4}, n=1)
     similar = (
         [candidate for candidate, part in last_parts.items() if part == last_part]
-        or difflib.get_close_matches(name, last_parts, n=1, cutoff=0.6)
+        or difflib.get_close_matches(name, last_parts, n=1, cutoff=MIN_NAME_SIMILARITY)
         or sorted(containing, key=len)[:2]
         or [candidate for candidate, part in last_parts.items() if part in closest_parts]
         or sorted((candidate for candidate in last_parts if candidate[: len(name)] in beginnings), key=len)[:1]

@@ -29,11 +29,14 @@ KMEANS_STATE = ".kmeans.safetensors"
 """State of an unfinished `fit-tokenizer`, in the folder that its tokenizer will replace."""
 TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 """Names that `atomic_write` gives to unfinished files."""
+SHA256 = re.compile("[0-9a-f]{64}")
+NUM_HASH_DIGITS = 12
+"""Digits of a hash that messages show."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 MAX_SUGGESTIONS = 3
 
 
-def canonical_hash(value: Any) -> str:
+def canonical_hash(value: object) -> str:
     """Return the sha256 (hexadecimal) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -48,6 +51,7 @@ def read_json(path: Path, what: str) -> Any:
     """Parse a JSON file that describes the folder it is in.
 
     Args:
+        path: of the file.
         what: names the folder in errors, e.g. 'token store'.
 
     Raises:
@@ -56,10 +60,10 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        inside = [str(file.parent) for file in sorted(path.parent.glob(f"*/{path.name}"))[:MAX_SUGGESTIONS]]
-        hint = f"; did you mean {' or '.join(inside)}?" if inside else f"; give the folder of a {what}"
-        found = f"it has no {path.name}" if path.parent.exists() else "it does not exist"
-        raise MapetError(f"{path.parent} is not a {what}: {found}{hint}") from None
+        subfolders = [str(file.parent) for file in sorted(path.parent.glob(f"*/{path.name}"))[:MAX_SUGGESTIONS]]
+        hint = f"; did you mean {' or '.join(subfolders)}?" if subfolders else f"; give the folder of a {what}"
+        reason = f"it has no {path.name}" if path.parent.exists() else "it does not exist"
+        raise MapetError(f"{path.parent} is not a {what}: {reason}{hint}") from None
     except (ValueError, OSError) as error:
         raise MapetError(
             f"{path}: not a readable {what} ({error}): restore the file, or make the {what} again"
@@ -75,29 +79,29 @@ def read_checksummed_json(path: Path, what: str) -> dict[str, Any]:
     content = read_json(path, what)
     if not isinstance(content, dict) or content.pop(CHECKSUM_KEY, None) != canonical_hash(content):
         raise MapetError(
-            f"{path}: not a readable {what} (it was changed after it was written: its checksum does not match). Restore it, or make the {what} again"
+            f"{path}: not a readable {what} (its checksum does not match: it was changed after it was written). Restore it, or make the {what} again"
         )
     return content
 
 
-def check_format(found: Any, known: int, what: str, place: Path) -> None:
+def check_format(format_version: object, known: int, what: str, place: Path) -> None:
     """Check that this version of mapet can read a file's format: it reads all up to its own (docs/formats.md).
 
     Args:
-        found: the format number in the file.
+        format_version: the format number in the file.
         known: the format number that this version writes.
         what: what is read, e.g. 'token store'.
         place: its path, for the error message.
 
     Raises:
         NewerFormatError: the file's format is newer.
-        ValueError: `found` is no positive integer.
+        ValueError: `format_version` is no positive integer.
     """
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ValueError(f"its format is {found!r}, not a number")
-    if found > known:
+    if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
+        raise ValueError(f"its format is {format_version!r}, expected a whole number from 1")
+    if format_version > known:
         raise NewerFormatError(
-            f"{place} was made by a newer mapet: a {what} of format {found}, while mapet {version('mapet')} reads formats up to "
+            f"{place} was made by a newer mapet: a {what} of format {format_version}, while mapet {version('mapet')} reads formats up to "
             f"{known}. Update mapet, or make it again with this one"
         )
 
@@ -108,6 +112,15 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Works for files and folders. On any error the temporary is removed and `path` stays as it was. A folder replaces one that is
     empty (`is_empty_dir`), and takes over its run.json and lock, those of the command that is writing it.
+
+    Args:
+        path: of the file or folder that is written.
+
+    Yields:
+        The temporary path, which the caller writes.
+
+    Raises:
+        Whatever the context raises, or an OSError of writing, syncing or renaming.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,24 +233,31 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
-def check_same_options(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_same_options(folder: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Check that work in a folder is resumed with the options that it was started with; both are JSON values.
 
     Raises:
         MapetError: options differ; it lists them as 'name: before -> now'.
     """
     changed = []
-    for key in {**now, **before}:
-        if json.dumps(before.get(key)) != json.dumps(now.get(key)):
-            changed.append(f"{key}: {_abbreviate_hash(before.get(key))} -> {_abbreviate_hash(now.get(key))}")
+    for key in {**current, **recorded}:
+        if json.dumps(recorded.get(key)) != json.dumps(current.get(key)):
+            changed.append(f"{key}: {_format_value(recorded.get(key))} -> {_format_value(current.get(key))}")
     if changed:
-        wrong = f"{folder} was started with other images or options ({'; '.join(changed)})"
-        raise MapetError(f"{wrong}: use the same, or a new {option('out')}")
+        problem = f"{folder} was started with other images or options ({'; '.join(changed)})"
+        raise MapetError(f"{problem}: use the same, or a new {option('out')}")
 
 
-def _abbreviate_hash(value: Any) -> str:
-    """Return a sha256 as its first 12 digits, anything else as text."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else str(value)
+def abbreviate_hash(value: str) -> str:
+    """Return the digits of a hash that messages show."""
+    return value[:NUM_HASH_DIGITS]
+
+
+def _format_value(value: object) -> str:
+    """Return a sha256 by its first digits, anything else as text."""
+    if isinstance(value, str) and SHA256.fullmatch(value):
+        return f"{abbreviate_hash(value)}..."
+    return str(value)
 
 
 def remove_dir(path: Path) -> None:
@@ -265,7 +285,7 @@ def read_manifest(folder: Path, kind: str, version: int) -> dict[str, Any]:
     try:
         check_format(manifest.get("format_version"), version, kind, folder)
     except ValueError as error:
-        raise MapetError(f"{folder}: damaged {kind} ({error})") from None
+        raise MapetError(f"{folder}: damaged {kind} ({error}): restore it, or make it again") from None
     return manifest
 
 
@@ -288,7 +308,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
             writer.writerow(map(escape_formula, row))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
@@ -322,6 +342,9 @@ def remove_temporaries(folder: Path) -> None:
     """Remove what `atomic_write` has left for a folder and in it when its process was killed; the caller holds the folder's lock.
 
     Folders within it that have a lock of their own stay as they are: another process may be writing there.
+
+    Args:
+        folder: of a command.
     """
     leftovers = [
         path for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp") if TEMPORARY.fullmatch(path.name)
@@ -330,9 +353,9 @@ def remove_temporaries(folder: Path) -> None:
         if LOCK_FILE in names and Path(parent) != folder:
             folders.clear()
             continue
-        found = [name for name in (*folders, *names) if TEMPORARY.fullmatch(name)]
-        leftovers += [Path(parent, name) for name in found]
-        folders[:] = [name for name in folders if name not in found]
+        temporaries = [name for name in (*folders, *names) if TEMPORARY.fullmatch(name)]
+        leftovers += [Path(parent, name) for name in temporaries]
+        folders[:] = [name for name in folders if name not in temporaries]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path)
@@ -350,6 +373,7 @@ def create_output_dir(path: Path, resume_hint: str = "", create: bool = True) ->
     """Create a command's output folder.
 
     Args:
+        path: of the folder.
         resume_hint: how to resume, appended to the error message.
         create: False only checks, for a command that writes its folder by `atomic_write` at its end.
 
@@ -357,9 +381,9 @@ def create_output_dir(path: Path, resume_hint: str = "", create: bool = True) ->
         MapetError: it is a file, or a folder that is not empty (`is_empty_dir`).
     """
     if not is_empty_dir(path):
-        wrong = f"{path} is not a folder. Choose another {option('out')}"
+        problem = f"{path} is not a folder. Choose another {option('out')}"
         if path.is_dir():
-            wrong = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
-        raise MapetError(wrong, field="out", value=path)
+            problem = f"{path} already exists and is not empty: nothing is overwritten. Choose another {option('out')}{resume_hint}"
+        raise MapetError(problem, field="out", value=path)
     if create:
         path.mkdir(parents=True, exist_ok=True)

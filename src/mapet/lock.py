@@ -20,6 +20,11 @@ RENEW_S = 60.0
 """Seconds between renewals: the lock file's time of change."""
 STALE_S = 600.0
 """Seconds without renewal after which a holder on another host, whose process cannot be looked up, counts as gone."""
+RETRY_S = 0.1
+"""Seconds to wait for a process that has created a lock file but not written it yet."""
+LOCK_MODE = 0o644
+START_TIME_FIELD = 18
+"""Index, behind the state, of the start time in /proc/PID/stat (field 22 of proc(5)), clock ticks since boot."""
 UNREADABLE_S = 2.0
 """Seconds after which a lock file without a holder counts as left by a process that was killed while it made it."""
 
@@ -29,9 +34,9 @@ class Holder(NamedTuple):
 
     Attributes:
         host: its name.
-        namespace: of process numbers: two containers may share a host's name, but not these.
-        pid: process number.
-        started: boot of the host and time of the process's start, so that a number that is used again is noticed; '' where unknown.
+        namespace: of process ids: two containers may have the same host name, but not the same namespace.
+        pid: process id.
+        started: boot of the host and time of the process's start, so that a process id that is used again is noticed; '' where unknown.
     """
 
     host: str
@@ -40,19 +45,20 @@ class Holder(NamedTuple):
     started: str
 
     @classmethod
-    def of_this_process(cls) -> "Holder":
+    def from_this_process(cls) -> "Holder":
+        """Return the holder that this process is."""
         namespace = ""
         with suppress(OSError):  # Linux alone has it
             namespace = os.readlink("/proc/self/ns/pid")
-        return cls(socket.gethostname(), namespace, os.getpid(), _start_of(os.getpid()))
+        return cls(socket.gethostname(), namespace, os.getpid(), _process_start(os.getpid()))
 
     def is_gone(self, age: float) -> bool:
         """Return whether the process has ended, as far as this host can know; `age`: seconds since the last renewal."""
-        here = Holder.of_this_process()
-        if (self.host, self.namespace) != (here.host, here.namespace):
+        this_process = Holder.from_this_process()
+        if (self.host, self.namespace) != (this_process.host, this_process.namespace):
             return age > STALE_S
-        if self.started and here.started:
-            return _start_of(self.pid) != self.started
+        if self.started and this_process.started:
+            return _process_start(self.pid) != self.started
         try:
             os.kill(self.pid, 0)  # signal 0 only checks
         except OSError as error:  # of permission, if the process is another user's
@@ -60,16 +66,16 @@ class Holder(NamedTuple):
         return False
 
 
-def _start_of(pid: int) -> str:
+def _process_start(pid: int) -> str:
     """Return when a process of this host started, as the id of the boot and clock ticks since; '' if it is gone or unknown."""
     with suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if state != "Z":  # a zombie has ended
-            return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[18]}"
+            return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {fields[START_TIME_FIELD]}"
     return ""
 
 
-_taken_over: set[Holder] = set()
+_previous_holders: set[Holder] = set()
 """Holders that this process has taken a lock from: it may take the others that they hold, of folders within the first."""
 
 
@@ -85,7 +91,7 @@ def folder_lock(folder: Path, take_over: bool = False) -> Iterator[None]:
         MapetError: another process holds it.
         OSError: the file cannot be written.
     """
-    path, content = folder / LOCK_FILE, json.dumps(Holder.of_this_process()).encode()
+    path, content = folder / LOCK_FILE, json.dumps(Holder.from_this_process()).encode()
     while not _try_create(path, content):
         _remove_if_stale(path, take_over)
     stop = threading.Event()
@@ -104,7 +110,7 @@ def folder_lock(folder: Path, take_over: bool = False) -> Iterator[None]:
 def _try_create(path: Path, content: bytes) -> bool:
     """Create a lock file with its content; return False if there is one."""
     try:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, LOCK_MODE), "wb") as file:
             file.write(content)
     except FileExistsError:
         return False
@@ -115,7 +121,7 @@ def _try_create(path: Path, content: bytes) -> bool:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
+def _exclusive_access(folder: Path) -> Iterator[None]:
     """Exclude other processes and threads in this context, by flock of the folder; on file systems without it they are not excluded."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -129,10 +135,16 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 def _remove_if_stale(path: Path, take_over: bool) -> None:
     """Remove a lock file whose holder is gone, or any if `take_over`; return, too, if it is gone by itself or not written yet.
 
+    Args:
+        path: of the lock file.
+        take_over: see `folder_lock`.
+
     Raises:
         MapetError: another process holds the lock.
     """
-    with _one_at_a_time(path.parent):  # so that what is removed is what was read, not the new lock of a faster process
+    with _exclusive_access(
+        path.parent
+    ):  # so that what is removed is what was read, not the new lock of a faster process
         try:
             content, age = path.read_bytes(), time.time() - path.stat().st_mtime
         except FileNotFoundError:
@@ -141,23 +153,23 @@ def _remove_if_stale(path: Path, take_over: bool) -> None:
             holder = Holder(*json.loads(content))
         except (ValueError, TypeError):
             if not take_over and age < UNREADABLE_S:
-                return time.sleep(0.1)
+                return time.sleep(RETRY_S)
         else:
-            if not (take_over or holder in _taken_over or holder.is_gone(age)):
+            if not (take_over or holder in _previous_holders or holder.is_gone(age)):
                 who = f"process {holder.pid} on {holder.host}, which renewed its lock {age:.0f} s ago"
                 raise MapetError(
                     f"{path.parent} is in use by {who}. Wait for it or end it; if it is gone, give {option('take_over', True)}, or delete {path}",
                     field="out", value=path.parent,
                 )  # fmt: skip
             if take_over:
-                _taken_over.add(holder)
+                _previous_holders.add(holder)
         path.unlink(missing_ok=True)
 
 
 def _renew(path: Path, content: bytes, stop: threading.Event) -> None:
     """Renew a lock file each minute until `stop` is set; end this process if another one has taken the lock over."""
     while not stop.wait(RENEW_S):
-        with suppress(OSError):  # while the folder is replaced, or a share is away
+        with suppress(OSError):  # while the folder is replaced, or a network file system is away
             if path.read_bytes() != content:
                 log.error("another process has taken over %s: this one ends, what it has saved is intact", path.parent)
                 os._exit(1)

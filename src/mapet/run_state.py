@@ -42,10 +42,12 @@ MAX_WARNINGS = 12
 
 
 def _now() -> datetime:
+    """Return the time, UTC."""
     return datetime.now(UTC)
 
 
 def package_versions() -> dict[str, str]:
+    """Return name -> version of `PACKAGES`, of 'python' and of the 'platform'."""
     system = {"python": platform.python_version(), "platform": platform.platform()}
     return {package: version(package) for package in PACKAGES} | system
 
@@ -55,8 +57,8 @@ class RunState(BaseModel):
 
     Attributes:
         command: its name on the command line, e.g. 'fit-tokenizer'.
-        status: `interrupted` means that the process is gone without having written its end (`read` detects it; the file says
-            `running`).
+        status: `starting`: the process that will work here has not recorded itself yet (`RunState` is written for it by the process that
+            starts it); `interrupted`: the process is gone without having written its end (`read` detects it; the file says `running`).
         reason: why it stopped or failed, on one line; empty otherwise.
         description: the run in one line.
         config: the command's options as JSON; automatic values are resolved once the command has called `record`.
@@ -76,7 +78,7 @@ class RunState(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     command: str
-    status: Literal["running", "finished", "stopped", "failed", "interrupted"] = "running"
+    status: Literal["starting", "running", "finished", "stopped", "failed", "interrupted"] = "running"
     reason: str = ""
     description: str = ""
     config: dict[str, Any] = Field(default_factory=dict)
@@ -168,7 +170,10 @@ def record(
     """Add facts to the run.json of a folder, if a command of this process is writing it; else do nothing.
 
     Args:
-        config: the resolved config, which replaces the recorded one; None leaves it, as '' does the other texts.
+        folder: of the command; None: nothing is recorded.
+        config: the resolved config, which replaces the recorded one; None leaves it.
+        description: the run in one line; '' leaves the recorded one.
+        device: name and precision of the device; '' leaves the recorded one.
         facts: mappings of the names `counts`, `hashes` and `results`, which are merged into the recorded ones.
     """
     if folder is None or (state := _active_states.get(folder.absolute())) is None:
@@ -200,14 +205,22 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
     that fails and has written nothing leaves no folder; one that is interrupted leaves its run.json, with its options. Within
     another `run_state` of the same folder, and on ranks other than 0, nothing is done. Meanwhile the folder's lock is held.
 
+    Args:
+        folder: of the command; it need not exist.
+        command: its name on the command line.
+        config: its options; `resume` and `take_over` are used, if it has them.
+
+    Yields:
+        Nothing; facts are added by `record`.
+
     Raises:
-        MapetError: the folder is not this command's (`_check_is_own`), cannot be written, or another process uses it; it stays as it is.
+        MapetError: the folder is not this command's (`_check_can_use`), cannot be written, or another process uses it; it stays as it is.
     """
     if folder.absolute() in _active_states or not is_first_rank():
         yield
         return
     check_output_path(folder)
-    _check_is_own(folder, command, config)
+    _check_can_use(folder, command, config)
     existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +234,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
                     field="out",
                     value=folder,
                 ) from None
-            _check_is_own(folder, command, config)  # again: another process may have written meanwhile
+            _check_can_use(folder, command, config)  # again: another process may have written meanwhile
             remove_temporaries(folder)
             with _keep_run_file(folder, command, config):
                 yield
@@ -230,7 +243,7 @@ def run_state(folder: Path, command: str, config: Config) -> Iterator[None]:
             folder.rmdir()
 
 
-def _check_is_own(folder: Path, command: str, config: Config) -> None:
+def _check_can_use(folder: Path, command: str, config: Config) -> None:
     """Check that a folder is new, empty, or to be resumed and from an earlier call of this command.
 
     Raises:
@@ -252,11 +265,20 @@ def _check_is_own(folder: Path, command: str, config: Config) -> None:
 
 @contextmanager
 def _keep_run_file(folder: Path, command: str, config: Config) -> Iterator[None]:
-    """Do what `run_state` says of run.json, in a folder whose lock is held."""
+    """Keep run.json as `run_state` says, in a folder whose lock is held.
+
+    Args:
+        folder: of the command; it exists.
+        command: its name on the command line.
+        config: its options.
+
+    Yields:
+        Nothing.
+    """
     key, can_start = folder.absolute(), can_start_in(folder, command)
     state, previous = RunState(command=command, config=config.model_dump(mode="json")), try_read_state(folder)
     was_finished = not can_start and previous is not None and previous.status == "finished"
-    if not can_start and previous is not None and previous.command == command:
+    if not can_start and previous is not None and previous.command == command and previous.status != "starting":
         facts = {"started", "seconds", "counts", "hashes", "results", "description", "device"}
         state = state.model_copy(update={**previous.model_dump(include=facts), "resumes": previous.resumes + 1})
         if previous.status == "interrupted":
@@ -378,9 +400,9 @@ def resolve_run_path(folder: Path, options: Mapping[str, Any], name: str) -> str
     moved_along = folder.parent / name
     if name in ("tokenizer", "tokens") and parent_run(folder) and moved_along.exists():
         return str(moved_along)
-    out, here = Path(str(options.get("out", ""))), folder.resolve()
-    if out.parts and not out.is_absolute() and here.parts[-len(out.parts) :] == out.parts:
-        from_start = here.parents[len(out.parts) - 1] / str(value)
+    out, run_folder = Path(str(options.get("out", ""))), folder.resolve()
+    if out.parts and not out.is_absolute() and run_folder.parts[-len(out.parts) :] == out.parts:
+        from_start = run_folder.parents[len(out.parts) - 1] / str(value)
         if not Path(str(value)).exists() and from_start.exists():
             return str(from_start)
     return str(value)

@@ -17,6 +17,8 @@ log = logging.getLogger("mapet")
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 """Sent by Ctrl-C, by `kill`, by a terminal that closes, and (the last two) by schedulers before they end a job."""
+SIGINT_EXIT_CODE = 128 + signal.SIGINT
+"""Exit code of a process that Ctrl-C has ended, as shells report it."""
 REPEAT_GRACE_S = 2.0
 """Seconds in which a repeated signal is ignored: torchrun forwards a signal that the terminal has sent to all processes already."""
 WAIT_GRACE_S = 5.0
@@ -64,28 +66,32 @@ def stop_signals(action: str = "saving after this step") -> Iterator[StopRequest
 
     Args:
         action: what the command does before it stops, for the log.
+
+    Yields:
+        The request; its `signal_name` is set when a signal arrives.
     """
     request = StopRequest()
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(code: int, frame: FrameType | None) -> None:
+        """Record the first signal; raise KeyboardInterrupt for one that comes after `REPEAT_GRACE_S`."""
         _handled_at[0] = time.monotonic()
         if not request.signal_name:
-            request.signal_name, request.received_at = signal.Signals(number).name, time.monotonic()
+            request.signal_name, request.received_at = signal.Signals(code).name, time.monotonic()
             log.info("%s: %s (send it again to stop at once)", request.signal_name, action)
         elif time.monotonic() - request.received_at > REPEAT_GRACE_S:
             raise KeyboardInterrupt
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in _available_signals() if in_main_thread and signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    handled = [each for each in _available_signals() if in_main_thread and signal.getsignal(each) is not signal.SIG_IGN]
+    previous = {each: signal.signal(each, handle) for each in handled}
     _requests.append(request)
     try:
-        with _end_if_stuck() if numbers else nullcontext():
+        with _end_if_stuck() if handled else nullcontext():
             yield request
     finally:
         _requests.remove(request)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -148,12 +154,13 @@ def exit_on_sigint_during_import() -> None:
     handler, or is ignored (nohup), nothing is installed.
     """
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(code: int, frame: FrameType | None) -> None:
+        """End the process if an import is in the stack; else raise KeyboardInterrupt."""
         if any(f.f_code.co_filename.startswith("<frozen importlib") for f, _ in traceback.walk_stack(frame)):
             hint = f". Resume with: {RESUME_HINT[0]}" if RESUME_HINT[0] else ""
             os.write(2, f"mapet: interrupted while loading libraries{hint}\n".encode())
-            os._exit(130)  # 128 + SIGINT, as shells report it
-        signal.default_int_handler(number, frame)
+            os._exit(SIGINT_EXIT_CODE)
+        signal.default_int_handler(code, frame)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, handle)
@@ -165,11 +172,12 @@ def ignore_signals_in_worker() -> None:
     A second SIGTERM still ends the worker: the main process ends workers that hang with it.
     """
 
-    def restore_default(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+    def restore_default(code: int, frame: FrameType | None) -> None:
+        """Let the next signal of this kind end the process."""
+        signal.signal(code, signal.SIG_DFL)
 
-    for number in _available_signals():
-        signal.signal(number, restore_default if number == signal.SIGTERM else signal.SIG_IGN)
+    for each in _available_signals():
+        signal.signal(each, restore_default if each == signal.SIGTERM else signal.SIG_IGN)
 
 
 def _available_signals() -> list[signal.Signals]:

@@ -28,6 +28,8 @@ MAX_NAMES = 200_000
 """Tensors and modules in a file: few bytes can make modules of modules without end."""
 EXPORTED_GRAPHS = (".onnx", ".pt2")
 """Suffixes of graphs for inference, whose weights have no names that match a ViT's."""
+HEAD_BYTES = 64
+"""Bytes at the beginning of a file by which its format is recognized."""
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)[2:-1]
 """Bytes near the beginning of files that torch.save wrote before version 1.6."""
 
@@ -43,15 +45,18 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     Args:
         path: of a file; its format is recognized by its content.
 
+    Returns:
+        Name -> tensor.
+
     Raises:
         MapetError: no such file, damaged, of another format, without named tensors, or one that would execute code.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(64)  # bytes: enough to recognize each format
+            head = file.read(HEAD_BYTES)
         if not head:
-            raise EOFError("it is empty")
+            raise EOFError("it is empty: download or copy it again")
         _check_size(path.stat().st_size, "its size is")
         if path.suffix in EXPORTED_GRAPHS:
             raise ValueError("it is a graph for inference: give the run or the model folder that it was exported from")
@@ -67,8 +72,8 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             )
             raise ValueError(f"it holds no tensors under their names{entries}; write those you want as safetensors")
     except IsADirectoryError:
-        inside = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
-        hint = f": did you mean {inside[0]}?" if inside else ", not a file of weights"
+        weights_files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
+        hint = f": did you mean {weights_files[0]}?" if weights_files else ", not a file of weights"
         raise MapetError(f"{path} is a folder{hint}") from None
     except OSError as error:
         hint = "give a file of safetensors or torch.save that exists and may be read"
@@ -79,19 +84,21 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
     return weights
 
 
-def describe_mismatch(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def describe_mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Describe for a message what `load_state_dict` would refuse, by three names of each kind; '' if nothing.
 
     Args:
-        found: tensors that would be loaded.
+        tensors: those that would be loaded.
         expected: the module's state dict.
     """
-    shapes, expected_shapes = ({name: "x".join(map(str, t.shape)) for name, t in w.items()} for w in (found, expected))
+    shapes, expected_shapes = (
+        {name: "x".join(map(str, t.shape)) for name, t in w.items()} for w in (tensors, expected)
+    )
     differing = [name for name, shape in expected_shapes.items() if shapes.get(name, shape) != shape]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [f"{name} ({shapes[name]}, not {expected_shapes[name]})" for name in differing],
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "of another shape": [f"{name} ({shapes[name]}, expected {expected_shapes[name]})" for name in differing],
     }
     return "; ".join(f"{problem}: {first_names(names)}" for problem, names in problems.items() if names)
 
@@ -187,7 +194,7 @@ def _read_torch(path: Path, head: bytes) -> object:
         if LEGACY_MAGIC in head:  # from a path, torch would try to unpack it as a tar archive too
             return torch.load(io.BytesIO(path.read_bytes()), "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
         if head[:2] != b"PK":
-            raise ValueError("it is neither a safetensors nor a torch file")
+            raise ValueError("it is neither a safetensors nor a torch file: give a file of weights")
         with tempfile.TemporaryFile() as copy:
             _copy_without_code(path, copy)
             return torch.load(copy, "cpu", STUB_PICKLE, weights_only=False, encoding="latin1")
@@ -206,9 +213,9 @@ def _check_archive(path: Path) -> None:
     except zipfile.BadZipFile as error:
         raise EOFError(f"its archive is damaged or cut off: {error}") from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError("its tensors are compressed, which torch never does")
+        raise ValueError("its tensors are compressed, which torch never does: save it by torch.save")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError("its entries are longer than the file: they share bytes")
+        raise ValueError("its entries are longer than the file, as they share bytes: save it by torch.save")
 
 
 def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
@@ -226,7 +233,7 @@ def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
         with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as target:
             pickles = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
             if not pickles:
-                raise ValueError("it is an archive, but not one of torch")
+                raise ValueError("it is an archive, but not one of torch: give a file of weights")
             root = pickles[0].removesuffix("data.pkl")
             target.writestr(f"{root}version", "3\n")
             for entry in archive.infolist():
@@ -234,7 +241,7 @@ def _copy_without_code(path: Path, copy: IO[bytes]) -> None:
                     with archive.open(entry) as source, target.open(entry.filename, "w", force_zip64=True) as part:
                         shutil.copyfileobj(source, part)
     except zipfile.BadZipFile as error:
-        raise EOFError(f"its archive is damaged or cut off: {error}") from None
+        raise EOFError(f"its archive is damaged or cut off ({first_line(error)}): download or copy it again") from None
     copy.seek(0)
 
 
@@ -257,7 +264,7 @@ class _StubType(type):
             return _Stub.__new__(_Stub)
         if cls.path not in REPLACED_CALLS:
             reason = f"its pickle calls {cls.path}, which was refused, as it may execute any code"
-            raise pickle.UnpicklingError(f"{reason}; convert it to safetensors where you trust it")
+            raise pickle.UnpicklingError(f"{reason}: convert it to safetensors where you trust it")
         return REPLACED_CALLS[cls.path](*args)
 
 
@@ -299,8 +306,8 @@ def _rebuild_tensor(storage: torch.TypedStorage, offset: int, size: Any, stride:
     Raises:
         RuntimeError: the view exceeds the storage.
     """
-    whole = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
-    return whole.as_strided(size, stride, offset)
+    values = torch.empty(0, dtype=storage.dtype).set_(storage.untyped())
+    return values.as_strided(size, stride, offset)
 
 
 REPLACED_CALLS: dict[str, Callable[..., Any]] = {

@@ -261,7 +261,7 @@ def test_default_few_shot_splits_skip_those_a_class_is_too_small_for(uneven, sma
     options = {"backbone": [str(untrained)], "images": uneven, "test_images": test, **QUICK}
     result = mapet.evaluate(out=tmp_path / "out", **options)[str(untrained)]
     assert {name for name in result if name.startswith("few_shot")} == {"few_shot_1pct", "few_shot_10pct"}
-    assert "fewer than few_shot=5, which is skipped" in caplog.text
+    assert "too few for 5 per class: skipped" in caplog.text
     assert "knn" in result and "cluster_nmi" in result  # the rest is there
     for requested in (
         {"few_shot": (5,)},
@@ -383,7 +383,7 @@ def test_a_fine_tuned_model_is_evaluated_by_its_own_classifier(run_dir, small, t
     trained = [row for row in rows if "loss" in row]
     assert [row["epoch"] for row in trained] == list(range(1, 13)) and trained[-1]["loss"] < trained[0]["loss"]
     assert rows[-1] == {"step": 120, "epoch": 12, "accuracy": accuracy}
-    assert (tmp_path / "tuned" / "curve.png").stat().st_size > 5000
+    assert (tmp_path / "tuned" / "learning_curve.png").stat().st_size > 5000
     assert ", 12 epochs" in caplog.text and f"epoch 6: loss {trained[5]['loss']:.3f}, " in caplog.text
     assert f"model in {tmp_path / 'tuned' / 'model'}" in caplog.text
     state = RunState.read(tmp_path / "tuned")

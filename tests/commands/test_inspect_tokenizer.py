@@ -33,12 +33,12 @@ def test_metrics_of_digits(digits, tokenizer_dir, tmp_path, capsys, caplog, monk
     }
     assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in FIGURES)
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
-    measures = record["measures"]
+    metrics = record["metrics"]
     assert record["warnings"] == [] and "no warnings" in caplog.text
-    assert measures["images"] == 300 and measures["usage"]["patches"] == 4800
-    assert measures["stability"]["shift"]["share"] == 1
-    assert 0.03 < measures["label"]["bits"] < 0.3
-    assert measures["bag_of_tokens"]["accuracy"] > 0.25 > 2 * measures["bag_of_tokens"]["chance"]
+    assert metrics["images"] == 300 and metrics["usage"]["patches"] == 4800
+    assert metrics["stability"]["shift"]["fraction"] == 1
+    assert 0.03 < metrics["label"]["bits"] < 0.3
+    assert metrics["bag_of_tokens"]["accuracy"] > 0.25 > 2 * metrics["bag_of_tokens"]["chance"]
     page = (tmp_path / "a" / "tokenizer_report.md").read_text()
     assert "No warnings" in page and "| bag-of-tokens probe |" in page
     monkeypatch.setattr("mapet.evaluation.inspection.inference_batch_size", lambda _: 7)
@@ -52,8 +52,8 @@ def test_without_labels_and_with_few_of_each_class(crops, digits, tokenizer_dir,
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     paths = mapet.inspect_tokenizer(tokenizer=tmp_path / "t", images=crops, out=tmp_path / "a")
     assert {path.name for path in paths} == FIGURES | {"tokenizer_metrics.json", "tokenizer_report.md"}
-    measures = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["measures"]
-    assert measures["label"] is None and measures["bag_of_tokens"] is None and measures["neighbor"] is not None
+    metrics = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())["metrics"]
+    assert metrics["label"] is None and metrics["bag_of_tokens"] is None and metrics["neighbor"] is not None
     with caplog.at_level("INFO", "mapet"):
         mapet.inspect_tokenizer(tokenizer=tokenizer_dir, images=digits / "train", out=tmp_path / "b", sample=20)
     assert "too few to compare tokens with classes; sample=50 would do" in caplog.text
@@ -64,7 +64,7 @@ def test_a_store_of_the_wrong_images_is_found(few_digits, tokenizer_dir, tokens_
     options = {"tokenizer": tokenizer_dir, "images": few_digits, "sample": 100}
     mapet.inspect_tokenizer(**options, tokens=tokens_dir, out=tmp_path / "a")
     record = json.loads((tmp_path / "a" / "tokenizer_metrics.json").read_text())
-    assert record["measures"]["stability"]["stored"]["share"] == 1
+    assert record["metrics"]["stability"]["stored"]["fraction"] == 1
     shutil.copytree(tokens_dir, tmp_path / "tokens")
     file = tmp_path / "tokens" / "shards" / "00000.npy"
     np.save(file, np.roll(np.load(file), 1, axis=0))

@@ -56,7 +56,7 @@ def test_unknown_command_option_model_teacher_and_objective(capsys, crops, tmp_p
     fails(capsys, *common, "--model-args", "embeddim=8", named=["'embeddim'", "'embed_dim'"])
     fails(capsys, *common, "--model", "vit_tinny", named=["'vit_tiny_patch16_224'"])
     fails(capsys, *common, "--model-args", "depth=0", named=["--model-args depth=0"])
-    fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4", named=["'embed_dim': 65", "'num_heads': 4"])
+    fails(capsys, *common, "--model-args", "embed_dim=65", "num_heads=4", named=["embed_dim=65", "num_heads=4"])
     fails(capsys, *common, "--objective", "mapeet", named=["'mapeet'", "'mapet'"])
     fails(capsys, *common, "--mask-ratio", "1.5", named=["--mask-ratio 1.5"])
     fails(capsys, *common, "--model-args", "8", named=["--model-args", "KEY=VALUE", "'8'"])
@@ -153,7 +153,7 @@ def test_ctrl_c_before_anything_is_saved_says_how_to_restart(capsys, crops, tmp_
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mapet.tokenizers.stages.make_teacher", interrupted)
+    monkeypatch.setattr("mapet.tokenizers.fitting.make_teacher", interrupted)
     run = ["run", "--images", str(crops), "--out", str(tmp_path / "run"), "--time", "10000"]
     assert main(run) == 130
     assert f"mapet run {tmp_path}/run/config.yaml --resume" in capsys.readouterr().err

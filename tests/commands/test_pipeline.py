@@ -218,7 +218,7 @@ def test_online_and_stored_training_agree(few_digits, tokenizer_dir, run_dir, tm
 def test_interrupted_tokenize_resumes(crops, tmp_path, monkeypatch):
     mapet.fit_tokenizer(images=crops, out=tmp_path / "t", image_size=32, patch_size=8, vocab_size=32)
     options = {"images": crops, "tokenizer": tmp_path / "t"}
-    monkeypatch.setattr("mapet.tokenizers.stages.inference_batch_size", lambda _: 3)
+    monkeypatch.setattr("mapet.tokenizers.tokenization.inference_batch_size", lambda _: 3)
     whole = mapet.tokenize(out=tmp_path / "whole", **options)
     original = TokenShard.write
 

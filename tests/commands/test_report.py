@@ -89,7 +89,12 @@ def test_step_through_is_what_the_model_predicts(report):
     """Token ids are those of the tokenizer; each masked patch has a prediction, in the permuted order."""
     (run,) = data_of(report.read_text())["runs"]
     steps = run["steps"]
-    assert (steps["grid"], steps["hidden"], steps["sees_targets"], steps["sees_positions"]) == ([4, 4], 12, True, True)
+    assert (steps["grid"], steps["num_masked"], steps["attends_to_targets"], steps["attends_to_positions"]) == (
+        [4, 4],
+        12,
+        True,
+        True,
+    )
     assert len(steps["images"]) == 6
     for image in steps["images"]:
         assert sorted(image["order"]) == list(range(16))

@@ -69,26 +69,28 @@ def test_codes_that_a_small_sample_can_reach():
 
 def test_agreement_and_chance():
     same = agreement(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 0, 1, 2]))
-    assert (same.share, same.chance, same.kappa) == (1.0, 0.375, 1.0)
+    assert (same.fraction, same.chance, same.kappa) == (1.0, 0.375, 1.0)
     assert agreement(torch.tensor([0, 1]), torch.tensor([1, 0])).kappa == -1
     assert agreement(torch.tensor([4, 4]), torch.tensor([4, 4])).kappa == 1
     random = agreement(draw_tokens(20_000, below=8), draw_tokens(20_000, below=8, seed=1))
-    assert abs(random.share - random.chance) < 3 * (1 / 8 * 7 / 8 / 20_000) ** 0.5
+    assert abs(random.fraction - random.chance) < 3 * (1 / 8 * 7 / 8 / 20_000) ** 0.5
 
 
 def test_coherence_of_checkerboards_and_stripes():
     board = {name: agreement(*pair) for name, pair in neighbor_pairs(checkerboard()).items()}
-    assert all(pair.share == 0 and pair.chance == pytest.approx(0.5) for pair in board.values())
+    assert all(pair.fraction == 0 and pair.chance == pytest.approx(0.5) for pair in board.values())
     assert neighbor_information(checkerboard()).bits == pytest.approx(1, abs=0.01)
     stripes = torch.arange(6).view(6, 1).expand(50, 6, 6)
-    assert agreement(*neighbor_pairs(stripes)["horizontal"]).share == 1
-    assert agreement(*neighbor_pairs(stripes)["vertical"]).share == 0
+    assert agreement(*neighbor_pairs(stripes)["horizontal"]).fraction == 1
+    assert agreement(*neighbor_pairs(stripes)["vertical"]).fraction == 0
     assert set(neighbor_pairs(torch.zeros(2, 1, 4, dtype=torch.int64))) == {"horizontal"}
     assert neighbor_information(torch.zeros(2, 1, 1, dtype=torch.int64)) is None
 
 
 def test_position():
-    assert position_information(torch.arange(16).view(1, 4, 4).expand(200, -1, -1)).share == pytest.approx(1, abs=0.03)
+    assert position_information(torch.arange(16).view(1, 4, 4).expand(200, -1, -1)).fraction == pytest.approx(
+        1, abs=0.03
+    )
     nothing = position_information(draw_tokens(200, 4, 4, below=32))
     assert abs(nothing.bits) < 3 * nothing.error
 
@@ -98,7 +100,7 @@ def test_tokens_that_are_the_class_say_all_of_it():
     result = label_information(labels[:, None, None].expand(-1, 4, 4), labels)
     p = torch.bincount(labels) / 500
     assert result.bits + result.chance == pytest.approx(float(-(p * p.log2()).sum()))
-    assert result.share == pytest.approx(1, abs=0.03)
+    assert result.fraction == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("vocab_size", [4, 64, 4096])
@@ -185,7 +187,7 @@ def test_no_warning_for_good_tokens():
     result = compute_token_metrics(tokens, 64, stable_views(tokens), labels, test)
     assert list(token_warnings(result)) == []
     description = {"teacher": {"teacher": "pixels"}, "label_free": True}
-    assert "No warnings" in render_tokenizer_report(result, [], "t", description) and result.label.share > 0.2
+    assert "No warnings" in render_tokenizer_report(result, [], "t", description) and result.label.fraction > 0.2
 
 
 def poor_tokens():
@@ -242,9 +244,9 @@ def test_views_show_the_same_content(size, grid, crops, monkeypatch):
     images = list_images(crops)
     result = {name: agreement(*pair) for name, pair in sampler.sample_perturbed(images, range(12)).items()}
     assert set(result) == {"flip", "shift", "jitter", "noise", "jpeg"}
-    assert result["shift"].share == 1 and result["flip"].share == 1
-    assert all(result[name].share > 0.6 for name in result)
-    assert result["jitter"].share < 1
+    assert result["shift"].fraction == 1 and result["flip"].fraction == 1
+    assert all(result[name].fraction > 0.6 for name in result)
+    assert result["jitter"].fraction < 1
     tokens = sampler.sample(images, range(12), num_pixels=7)
     assert tokens.images.shape == (7, 3, *size) and tokens.ids.shape == (12, *grid)
     in_fives = sampler.sample_perturbed(images, range(12))
@@ -274,5 +276,5 @@ def test_pixel_tokens_of_digits_survive_a_shift(tokenizer_dir, digits):
     sampler = TokenSampler(load_tokenizer(tokenizer_dir), ComputeContext.from_options("cpu", "float32"))
     result = sampler.sample_perturbed(list_images(digits / "test"), range(0, 360, 4))
     assert torch.equal(*result["shift"])
-    assert 0.5 < agreement(*result["jitter"]).share < 1
+    assert 0.5 < agreement(*result["jitter"]).fraction < 1
     assert log2(16) > code_usage(result["flip"][0], 16).entropy > 2

@@ -117,7 +117,7 @@ def test_pim_equals_a_loop_that_reveals_one_patch_after_the_other():
     prefix, patches = embedded[:, :1], embedded[:, 1:]
     positions = vit.pos_embed[:, 1:]
     order = permutation[0]
-    for t in range(model.num_hidden):
+    for t in range(model.num_masked):
         revealed = torch.cat([prefix, patches[:, order[: c + t]]], dim=1)
         query = model.mask_token + positions[:, order[c + t]][:, None]
         for block in vit.blocks:

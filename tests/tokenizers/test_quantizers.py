@@ -13,8 +13,8 @@ from scipy.stats import norm
 
 import mapet
 from mapet.tokenizers.feature_store import FeatureStore
+from mapet.tokenizers.fitting import fit_fsq
 from mapet.tokenizers.quantizers import LEVELS, Quantizer, levels_for, principal_components, project
-from mapet.tokenizers.stages import fit_fsq
 from mapet.tokenizers.teachers.timm_model import TAKES_IMAGE_SIZE
 from mapet.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import all_rows

@@ -196,7 +196,7 @@ def change(**changes):
         (change(encoder__patch_embed__proj__weight=None), "'encoder.patch_embed.proj.weight'"),
         (change(encoder__blocks__0__gamma_1=torch.ones(128)), "encoder.blocks.0.gamma_1"),
         (change(encoder__norm__bias=torch.ones(128)), "encoder.norm.bias"),
-        (change(encoder__pos_embed=torch.ones(1, 12, 128)), "encoder.pos_embed (1x12x128, not 1x10x128)"),
+        (change(encoder__pos_embed=torch.ones(1, 12, 128)), "encoder.pos_embed (1x12x128, expected 1x10x128)"),
         (change(encoder__pos_embed=torch.ones(3)), ""),
         (lambda weights: VisionTransformer(32, 16, embed_dim=64, depth=1, num_heads=1).state_dict(), "blocks."),
         (lambda weights: {}, ""),

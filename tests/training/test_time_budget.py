@@ -166,7 +166,7 @@ def test_shortcuts_are_options_of_sections(tmp_path):
     config = build_config(
         RunConfig, {"images": "a", "image_size": 32, "epochs": "3", "time": "2h", "pretrain": {"lr": 1}}
     )
-    assert config.given == {
+    assert config.user_options == {
         "fit_tokenizer": {"image_size": (32, 32)},
         "tokenize": {},
         "pretrain": {"lr": 1.0, "epochs": 3.0},

@@ -101,7 +101,7 @@ def prepare(config: PrepareConfig) -> Path:
 
 @command(TrainTokenizerConfig, distributed=True)
 def train_tokenizer(config: TrainTokenizerConfig) -> Path:
-    """Train a VQ-KD tokenizer: a ViT and codes that keep what a teacher sees; returns its safetensors file.
+    """Train a VQ-KD tokenizer: a ViT and codes that reconstruct a teacher's features; returns its safetensors file.
 
     Example:
       mapet train-tokenizer --images PHOTOS --out runs/vqkd --teacher vqkd-clip
@@ -118,7 +118,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> "Tokenizer":
       mapet fit-tokenizer --images PHOTOS --out runs/tokenizer
       mapet fit-tokenizer --images PHOTOS --out runs/kclip --teacher k-clip
     """
-    return _load("tokenizers.stages").fit_tokenizer(config)
+    return _load("tokenizers.fitting").fit_tokenizer(config)
 
 
 @command(TokenizeConfig, distributed=True)
@@ -129,7 +129,7 @@ def tokenize(config: TokenizeConfig) -> "TokenStore":
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens
       mapet tokenize --images PHOTOS --tokenizer runs/tokenizer --out runs/tokens --views random-crop --num-views 8
     """
-    return _load("tokenizers.stages").tokenize(config)
+    return _load("tokenizers.tokenization").tokenize(config)
 
 
 @command(InspectTokenizerConfig)
@@ -155,7 +155,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 @command(ReportConfig)
 def report(config: ReportConfig) -> Path | None:
-    """One HTML page of a run (curves, warnings, tokenizer, predictions step by step, figures), or of several.
+    """Write one HTML page of a run (curves, warnings, tokenizer, predictions step by step, figures), or of several.
 
     Example:
       mapet report runs/photos --out report.html
@@ -192,7 +192,7 @@ def finetune(config: FinetuneConfig) -> float:
 
 @command(EmbedConfig)
 def embed(config: EmbedConfig) -> Path:
-    """Features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job can be resumed.
+    """Write features of every image by a frozen backbone, with ids, as NumPy or Parquet files; an interrupted job can be resumed.
 
     Example:
       mapet embed --backbone runs/photos --images PHOTOS --out features
@@ -204,7 +204,7 @@ def embed(config: EmbedConfig) -> Path:
 
 @command(PredictConfig)
 def predict(config: PredictConfig) -> Path:
-    """Labels and probabilities of every image by a fine-tuned model, as a CSV or Parquet file; an interrupted job can be resumed.
+    """Write labels and probabilities of every image by a fine-tuned model, as a CSV or Parquet file; an interrupted job can be resumed.
 
     Probabilities are calibrated on the held-out images of the fine-tuning; if they were too few, the names of columns say so.
 
@@ -217,7 +217,7 @@ def predict(config: PredictConfig) -> Path:
 
 @command(SearchConfig)
 def search(config: SearchConfig) -> Path:
-    """Nearest images of each image or of a query, exact and near duplicates, and outliers, by a backbone: a page and CSV files.
+    """Find nearest images of each image or a query, exact and near duplicates, and outliers, by a backbone: a page and CSV files.
 
     Example:
       mapet search --backbone runs/photos --images PHOTOS --out similar

@@ -27,12 +27,12 @@ from mapet.device import ComputeContext, free_memory
 from mapet.errors import Interrupted, MapetError, did_you_mean, format_size, option, pluralize
 from mapet.evaluation.controls import (
     Verdict,
+    adapt_options,
     compare_with_controls,
     compare_with_each,
     mark_controls,
-    options_for,
     plan_controls,
-    protocols_for,
+    select_protocols,
 )  # fmt: skip
 from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.eval_context import EvalContext, EvalData, ProtocolResult
@@ -55,6 +55,7 @@ TOLERANCE = 1e-4
 """Largest difference of an exported model's output, as a fraction of the output's root mean square."""
 NUM_CHECK_IMAGES = 8
 """Images on which an export is checked."""
+FLOAT32_BYTES = 4
 MEMORY_FRACTION = 1 / 4
 """Fraction of the free memory that the features of each of the two image sets may take."""
 
@@ -78,15 +79,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     """
     compute = ComputeContext.from_options(config.device, config.precision)
     for name in set(config.protocols or ()) - PROTOCOLS.keys():
-        known = f"{did_you_mean(name, PROTOCOLS) or '.'} There are: {', '.join(PROTOCOLS)}"
-        raise MapetError(f"unknown protocol '{name}'{known}", field="protocols", value=name)
+        hint = f"{did_you_mean(name, PROTOCOLS) or '.'} Known: {', '.join(PROTOCOLS)}"
+        raise MapetError(f"unknown protocol '{name}'{hint}", field="protocols", value=name)
     data = EvalData.load(config)
     names = _choose_protocols(config, data)
     if "few-shot" in names:
         config = _drop_large_few_shot_splits(config, data.train)
     loaders = {source: partial(BackboneWrapper.load, source, compute, config.seed) for source in config.backbone}
     controls = plan_controls(config, names, data.train, (load() for load in loaders.values()))
-    info = _describe(config, data, compute)
+    info = _describe_evaluation(config, data, compute)
     results: dict[str, dict[str, ProtocolResult]] = {}
     first_started = time.monotonic()
     try:
@@ -122,8 +123,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, float]]:
     }
 
 
-def _describe(config: EvaluateConfig, data: EvalData, compute: ComputeContext) -> dict[str, str]:
-    """Return the lines above the table: label -> text."""
+def _describe_evaluation(config: EvaluateConfig, data: EvalData, compute: ComputeContext) -> dict[str, str]:
+    """Return the facts for the head of evaluation.md, name -> text: images, features, machine and, of labeled images, classes."""
     info = {
         "images": f"{config.images} ({len(data.train):,} images)",
         "test images": f"{config.test_images or 'a fifth of them, by name'} ({len(data.test):,} images)",
@@ -140,7 +141,14 @@ def _describe(config: EvaluateConfig, data: EvalData, compute: ComputeContext) -
 def _open_context(
     backbone: BackboneWrapper, data: EvalData, config: EvaluateConfig, read_options: ReadOptions | None
 ) -> EvalContext:
-    """Return the context of all protocols of a backbone or control, on images read with `read_options`; the caller closes it."""
+    """Open the context of all protocols of a backbone or control, and log which it is; the caller closes it.
+
+    Args:
+        backbone: or control.
+        data: all images.
+        config: options of `mapet evaluate`.
+        read_options: how the images are read, unless `config` says otherwise.
+    """
     memory = int(free_memory(torch.device("cpu")) * MEMORY_FRACTION)
     cache = CacheConfig(memory, config.out or Path(tempfile.gettempdir()), inference_batch_size(backbone.image_size))
     kind, image_size = type(backbone.model).__name__, format_size(backbone.image_size)
@@ -153,15 +161,22 @@ def _open_context(
 def _run_control(
     names: list[str], context: EvalContext, results: dict[str, dict[str, ProtocolResult]], info: dict[str, str]
 ) -> None:
-    """Run those of the protocols that a control takes part in, with its own pooling; skip it with a warning if its features are too large."""
+    """Run those of the protocols that a control takes part in; skip it with a warning if its features are larger than `context.cache.memory`.
+
+    Args:
+        names: protocols that are run.
+        context: the control with its data; its `options` are adapted to the control.
+        results: backbone or control -> protocol -> result; the control's are added in place.
+        info: facts for the head of evaluation.md, see `_run_protocols`.
+    """
     model = context.backbone.model
-    context.options = options_for(model, context.options)
-    num_bytes, memory = 4 * len(context.data.train) * context.num_features, context.cache.memory
+    context.options = adapt_options(model, context.options)
+    num_bytes, memory = FLOAT32_BYTES * len(context.data.train) * context.num_features, context.cache.memory
     if num_bytes > memory:
-        found = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
-        log.warning("control %s is skipped: its features of the training images take %s", context.backbone.name, found)
+        size = f"{num_bytes / 1e9:.1f} GB, expected at most {memory / 1e9:.1f} GB, a quarter of the free memory"
+        log.warning("control %s is skipped: its features of the training images take %s", context.backbone.name, size)
         return
-    _run_protocols(protocols_for(model, names), context, results, info)
+    _run_protocols(select_protocols(model, names), context, results, info)
 
 
 def _choose_protocols(config: EvaluateConfig, data: EvalData) -> list[str]:
@@ -212,10 +227,11 @@ def _drop_large_few_shot_splits(config: EvaluateConfig, train: LabeledSet) -> Ev
     smallest = int(np.bincount(train.labels).min())
     too_large = [amount for amount in config.few_shot if amount > max(1, smallest)]
     if too_large:
-        found = f"the smallest class has {pluralize(smallest, 'training image')}, fewer than {option('few_shot', *too_large)}"
+        amounts = " and ".join(f"{amount:g}" for amount in too_large)
+        problem = f"{option('few_shot')}: the smallest class has {pluralize(smallest, 'training image')}, too few for {amounts} per class"
         if config.protocols or "few_shot" in config.model_fields_set:
-            raise MapetError(f"{found}: give smaller values", field="few_shot", value=config.few_shot)
-        log.warning("%s, which is skipped", found)
+            raise MapetError(f"{problem}: give smaller values", field="few_shot", value=config.few_shot)
+        log.warning("%s: skipped; add images to this class, or give smaller values", problem)
     return config.model_copy(update={"few_shot": tuple(n for n in config.few_shot if n not in too_large)})
 
 
@@ -266,9 +282,9 @@ def _write_results(
     assert config.out is not None
     write_evaluation(config.out, mark_controls(results, config), info, verdicts)
     as_json: dict[str, dict[str, object]] = {"backbones": {}, "controls": {}}
-    for name, own in results.items():
+    for name, by_protocol in results.items():
         part = as_json["backbones" if name in config.backbone else "controls"]
-        part[name] = {protocol: result.to_json() for protocol, result in own.items()}
+        part[name] = {protocol: result.to_json() for protocol, result in by_protocol.items()}
     record(config.out, results={**as_json, "verdicts": [verdict.to_json() for verdict in verdicts]})
 
 
@@ -281,6 +297,9 @@ def export(config: ExportConfig) -> Path:
 
     Args:
         config: options of `mapet export`.
+
+    Returns:
+        The folder `config.out`.
 
     Raises:
         MapetError: a library is missing, the backbone cannot be loaded, lacks features of the options `pool` and `layers` or does not
@@ -305,7 +324,7 @@ def export(config: ExportConfig) -> Path:
             for loader, compute in FORMATS[name].read(format_folder).items():
                 differences[loader] = _check_outputs(loader, compute(pixels), expected)
         if "transformers" in folders and (folders["transformers"] / "preprocessor_config.json").is_file():
-            processed, loader = _process(folders["transformers"], views), "transformers, image processor"
+            processed, loader = _normalize_by_processor(folders["transformers"], views), "transformers, image processor"
             differences[loader] = _check_outputs(loader, {"pixels": processed}, {"pixels": pixels})
         for name in [name for name in folders if name in ("timm", "transformers")]:
             card = render_model_card(config, folders, vit, provenance, differences, description, TOLERANCE, name)
@@ -356,9 +375,9 @@ def _make_sample(config: ExportConfig, vit: VisionTransformer) -> tuple[UInt8[Te
         if not source:
             raise MapetError(f"no run.json in or above {config.backbone} names its training images")
         images = list_as_trained(source, AS_STORED, get_read_options(vit))
-        chosen = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
+        indices = np.unique(np.linspace(0, len(images) - 1, NUM_CHECK_IMAGES).round().astype(int)).tolist()
         dataset = ViewDataset(images, ViewSpec(image_size=size), vit.in_chans, image_size=size)
-        views = dataset.batch([(0, index) for index in chosen]).images
+        views = dataset.batch([(0, index) for index in indices]).images
         if views is None:
             raise MapetError(f"no image that was tried of {source} is readable: give others with {option('images')}")
         return views, f"{len(views)} images of {Path(source).name}"
@@ -398,7 +417,7 @@ def _check_outputs(loader: str, outputs: dict[str, Tensor], expected: dict[str, 
     return difference
 
 
-def _process(folder: Path, views: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+def _normalize_by_processor(folder: Path, views: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
     """Normalize views by the image processor of a Transformers export, to compare the result with mapet's own normalization.
 
     Args:

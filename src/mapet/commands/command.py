@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast, overload
 
 from mapet.config.base import Config, build_config
-from mapet.config.limits import limits, use_limits
+from mapet.config.limits import LimitOptions, limits, use_limits
 from mapet.config.shared import trust_teachers
 from mapet.errors import MapetError, option
 from mapet.files import check_output_path
@@ -83,10 +83,30 @@ def command(
     kind = cast(type[Config], config_type)
 
     def decorate(function: Callable[[C], R]) -> Command[P, R]:
+        """Return the command of a function that takes one config.
+
+        Args:
+            function: of one config; its docstring becomes that of the command.
+
+        Returns:
+            The command.
+        """
         signature = _signature(kind, inspect.signature(function).return_annotation)
 
         @functools.wraps(function)
-        def call(config: Any = None, /, **options: Any) -> R | None:
+        def call(config: object = None, /, **options: Any) -> R | None:
+            """Call the command.
+
+            Args:
+                config: the config; or the value of the command's `positional` option; None: all options are keywords.
+                options: fields of the config.
+
+            Returns:
+                What the command returns; None on ranks that do not run it.
+
+            Raises:
+                TypeError: a config together with keywords, or a value of a command without a `positional` option.
+            """
             if isinstance(config, kind) and options:
                 raise TypeError(f"{function.__name__}() takes a config or keywords, not both")
             if not isinstance(config, kind):
@@ -101,9 +121,9 @@ def command(
             if writes_out:
                 _check_out_is_not_inside_images(config)
             _set_up_logging()
-            in_force = (
-                config.limits if "limits" in config.model_fields_set else limits()
-            )  # of an outer command, or the defaults
+            in_force = limits()  # of an outer command, or the defaults
+            if isinstance(config, LimitOptions) and "limits" in config.model_fields_set:
+                in_force = config.limits
             with trust_teachers(options), use_limits(in_force), _translate_dead_workers():
                 return _run(function, config, distributed, writes_out)
 
@@ -119,8 +139,16 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool, writes
     Without `torchrun` the function is called in this process. Under `torchrun` it is called on every rank, in a process group that
     ends with the call, if `distributed` is true; else on rank 0 alone.
 
+    Args:
+        function: of the command.
+        config: its argument.
+        distributed, writes_out: of the command, see `command`.
+
     Returns:
         The function's result; None on ranks that did not call it.
+
+    Raises:
+        MapetError: `out` is a file that exists and is not to be resumed, or see `run_state`; and what the function raises.
     """
     out = getattr(config, "out", None) if writes_out else None
     if out is not None and config.out_is_file and is_first_rank():
@@ -147,13 +175,16 @@ def _run(function: Callable[[Any], R], config: Config, distributed: bool, writes
 def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: AbstractContextManager[None]) -> R | None:
     """Call a function on rank 0 of `torchrun` as if it were the only process, and return its result; on other ranks return None.
 
-    The variables of `torchrun` are hidden from it meanwhile. If a distributed command called this one, so that a process group
+    The variables of `torchrun` are removed from the environment meanwhile. If a distributed command called this one, so that a process group
     exists, all ranks wait until rank 0 is done.
 
     Args:
         function: a command; whatever it raises on rank 0 is raised here, and the other ranks then fail at their next collective.
         config: the function's argument.
         state: context of `run_state`, entered on rank 0 only; it keeps run.json.
+
+    Returns:
+        The function's result on rank 0, None on the others.
 
     Raises:
         MapetError: the config has `serve=True`: rank 0 would serve the page until Ctrl-C while the other ranks wait.
@@ -164,12 +195,12 @@ def _run_on_rank_0(function: Callable[[Any], R], config: Config, state: Abstract
     distributed = sys.modules.get("mapet.distributed")  # None: not imported, so there is no process group
     result = None
     if is_first_rank():
-        hidden = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
+        variables = {name: os.environ.pop(name) for name in TORCHRUN_VARIABLES if name in os.environ}
         try:
             with state, distributed.disable_collectives() if distributed else nullcontext():
                 result = function(config)
         finally:
-            os.environ.update(hidden)
+            os.environ.update(variables)
     if distributed is not None:
         distributed.barrier()  # returns at once without a process group
     return result
@@ -218,8 +249,10 @@ def _translate_dead_workers() -> Iterator[None]:
 
 
 class _ConsoleHandler(logging.Handler):
+    """Prints log records to stdout, above a progress bar if one is shown."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a log record to stdout, above a progress bar if one is shown.
+        """Print a log record.
 
         A stdout that takes no more (`| head`, a closed terminal, a full disk) does not end the command: it is silent from then on.
         """

@@ -21,6 +21,12 @@ log = logging.getLogger("mapet")
 def prepare(config: PrepareConfig) -> Path:
     """Resize and pack images into `config.out`, a new folder or one that was interrupted; return the folder.
 
+    Args:
+        config: options of `mapet prepare`.
+
+    Returns:
+        The folder `config.out`.
+
     Raises:
         Interrupted: the user interrupted it; complete shards are kept.
         MapetError: the folder is of other images or options; too many images are unreadable.

@@ -42,6 +42,8 @@ SHARED_OPTIONS = ("images", "seed", "device", "max_unreadable", "group_by", "lim
 """Options of `run` that it hands to every stage which has them."""
 MIN_CONTROL_MINUTES, MAX_OVERRUN = 0.1, 0.1
 """For controls where no time is left; and the fraction of the time that a run takes longer rather than skip controls of its verdict."""
+MIN_EPOCHS = 0.01
+"""Epochs of a run whose time is nearly over before it trains: `epochs` must be above 0."""
 NUM_DEMO_TRAIN = 1437
 """The first 1,437 of the 1,797 digits; the other 360 were written by other people."""
 DEMO_CONFIG: dict[str, Any] = {
@@ -54,12 +56,17 @@ DEMO_CONFIG: dict[str, Any] = {
         "layer_scale_init": None, "color_jitter": 0.0,
     },
 }  # fmt: skip
+DEMO_FINETUNE_CONFIG: dict[str, Any] = {
+    "labels_per_class": 10, "views": "center", "epochs": 100, "batch_size": 32, "lr": 2e-3, "drop_path": 0.0
+}  # fmt: skip
 
 
 class Stage(NamedTuple):
     """A command of the pipeline with its config.
 
     Attributes:
+        command: of mapet.
+        config: its config.
         started: whether it has written something; until then its options may change.
         done: whether it is finished, or has nothing to do.
     """
@@ -72,6 +79,12 @@ class Stage(NamedTuple):
 
 def run(config: RunConfig) -> Path:
     """Plan, run all stages that are not done, then write the run's report; return the folder of the exported backbone.
+
+    Args:
+        config: options of `mapet run`.
+
+    Returns:
+        The folder of the exported backbone.
 
     Raises:
         Interrupted: a signal stopped a stage; the message has the command that resumes.
@@ -157,7 +170,7 @@ def _fit_to_time(config: RunConfig, stage: Stage) -> Config:
     left = torch.tensor([seconds, plan["epochs"] * seconds / costs["pretrain"]], dtype=torch.float64)
     seconds, epochs = distributed.broadcast(left).tolist()
     return stage.config.model_copy(
-        update={"epochs": max(epochs, stage.config.warmup_epochs or 0.01), "max_minutes": seconds / 60}
+        update={"epochs": max(epochs, stage.config.warmup_epochs or MIN_EPOCHS), "max_minutes": seconds / 60}
     )
 
 
@@ -197,8 +210,8 @@ def _summarize_evaluation(config: RunConfig, scores: dict[str, dict[str, float]]
 
     def rename(verdicts: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return verdicts on the backbone, with the names of this summary."""
-        own = [each for each in verdicts if each["backbone"] == pretrained]
-        return [{**each, **{key: names[each[key]] for key in ("backbone", "control")}} for each in own]
+        on_backbone = [each for each in verdicts if each["backbone"] == pretrained]
+        return [{**each, **{key: names[each[key]] for key in ("backbone", "control")}} for each in on_backbone]
 
     return {
         "untrained": scores[untrained],
@@ -217,6 +230,9 @@ def _list_stages(config: RunConfig) -> list[Stage]:
     All configs are built before any stage runs, so that contradicting options are refused early. A stage counts as done if the folder
     that it writes last is not empty: `tokenizer`, `pretrain/backbone`, `figures`. `evaluate` is done if run.json has its results, or
     if the images have no labels, which is logged. `tokenize` is never done here: it resumes, and checks a finished store by itself.
+
+    Args:
+        config: of the command `run`, completed by the plan.
 
     Raises:
         MapetError: an option of a stage is invalid or contradicts another one.
@@ -242,7 +258,10 @@ def _list_stages(config: RunConfig) -> list[Stage]:
     def stage(command: AnyCommand, started: bool, done: bool, **options: Any) -> Stage:
         """Return a stage whose config has the options of its section of `run`, the shared options, and `options`; later ones win.
 
-        `evaluate` and `report` have no section. `started` and `done` are attributes of the `Stage`.
+        Args:
+            command: of the stage; `evaluate` and `report` have no section.
+            started, done: attributes of the `Stage`.
+            options: fields of the command's config.
         """
         shared = {name: getattr(config, name) for name in SHARED_OPTIONS if name in command.config_type.model_fields}
         section = getattr(config, command.__name__, None)
@@ -318,9 +337,9 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
     mutable |= {stage.command.__name__ for stage in stages if not stage.started}
     if "evaluate" in mutable:
         mutable.add("test_images")
-    fitted = config.out / "tokenizer" / "visual_tokenizer.json"
-    if old.images != config.images and fitted.is_file():
-        old_hash = read_json(fitted, "tokenizer")["fit_config"].get("images_hash")
+    description = config.out / "tokenizer" / "visual_tokenizer.json"
+    if old.images != config.images and description.is_file():
+        old_hash = read_json(description, "tokenizer")["fit_config"].get("images_hash")
         if old_hash == list_images(config.images, config).hash:
             mutable.add("images")
     if changed := diff_configs(old, config, frozenset(mutable)):
@@ -336,8 +355,14 @@ def _write_or_check_config(config: RunConfig, stages: list[Stage]) -> None:
 def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     """Run the pipeline on scikit-learn's digits, and compare its backbone with random weights and with raw pixels.
 
+    Args:
+        config: options of `mapet demo`.
+
     Returns:
         "untrained" and "pretrained" -> "logistic", "knn" and "finetune" -> accuracy (0..1) on 360 digits; "raw pixels" has no "finetune".
+
+    Raises:
+        Interrupted: a signal stopped it; the message has the command that resumes.
     """
     if not (config.resume and config.out.exists()):
         create_output_dir(config.out)
@@ -352,9 +377,8 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
     log.info("--- finetune, 10 labels a class")
     for name in ("untrained", "pretrained"):
         results[name]["finetune"] = commands.finetune(
-            **shared, backbone=backbone, from_scratch=name == "untrained", labels_per_class=10, views="center", epochs=100, batch_size=32,
-            lr=2e-3, drop_path=0.0,
-        )  # fmt: skip
+            **shared, **DEMO_FINETUNE_CONFIG, backbone=backbone, from_scratch=name == "untrained"
+        )
     record(config.out, results=results)
     table = {"raw pixels": results["controls"]["raw pixels"]} | {
         name: results[name] for name in ("untrained", "pretrained")
@@ -375,6 +399,12 @@ def demo(config: DemoConfig) -> dict[str, dict[str, float]]:
 def study(config: StudyConfig) -> Path:
     """Fit tokenizers, run and evaluate each trial that is not finished, and write the report; return the report's folder.
 
+    Args:
+        config: options of `mapet study`.
+
+    Returns:
+        The report's folder.
+
     Raises:
         Interrupted: a signal stopped it; the report has the finished trials (while tokenizers are made, no report is written).
         MapetError: options that a trial would refuse. A trial that fails later does not stop the others.
@@ -393,8 +423,12 @@ def study(config: StudyConfig) -> Path:
         stop_signal = trial_runs.run_trials(config, trials, broken, num_images)
     evaluate_baselines = not config.report_only and not stop_signal
     sections = {"pretrain": config.pretrain, "finetune": config.finetune}
-    given = {name: section.model_dump(mode="json", exclude_unset=True) for name, section in sections.items()}
-    notes = render_macro("study_notes.md", "notes", trial_runs.read_tokenizers(config), given).strip().splitlines()
+    section_options = {name: section.model_dump(mode="json", exclude_unset=True) for name, section in sections.items()}
+    notes = (
+        render_macro("study_notes.md", "notes", trial_runs.read_tokenizers(config), section_options)
+        .strip()
+        .splitlines()
+    )
     report = config.out / "report"
     write_report(trial_runs.collect_results(config, trials, notes, evaluate_baselines), report)
     num_finished = sum(trial_runs.is_finished(trial_runs.trial_folder(config, trial)) for trial in trials)
@@ -407,6 +441,11 @@ def study(config: StudyConfig) -> Path:
 
 def _check_study(config: StudyConfig, trials: list[Trial], num_images: int) -> None:
     """Check, before anything is written, what a trial would refuse after hours.
+
+    Args:
+        config: options of `mapet study`.
+        trials: of the grid, without those for equal compute.
+        num_images: training images.
 
     Raises:
         MapetError: a tokenizer or a trial that was started with other options; no such model or objective, sizes that don't fit,

@@ -22,19 +22,22 @@ NUM_LOOKED_AT = 64
 """Images that `run` looks at."""
 
 
-def plan_run(config: RunConfig, spent: float, stats: DatasetStats | None = None) -> tuple[Plan, RunConfig]:
+def plan_run(config: RunConfig, elapsed: float, stats: DatasetStats | None = None) -> tuple[Plan, RunConfig]:
     """Make and log the plan for a config; return it, and the config with all its options.
 
     Args:
         config: options as given; those that are not given are chosen.
-        spent: seconds of the time that are over.
+        elapsed: seconds of the time that are over.
         stats: of all images; None: some are looked at here.
+
+    Returns:
+        The plan; and the config with all its options, those that the plan has chosen included.
 
     Raises:
         MapetError: the time is too short, no image can be read, or an option does not fit the images.
     """
-    given, budget = config.given, 60 * config.time
-    channels = given["fit_tokenizer"].get("channels", 3)
+    user_options, budget = config.user_options, 60 * config.time
+    channels = user_options["fit_tokenizer"].get("channels", 3)
     if stats is None:
         images = find_value_range(list_images(config.images, config), channels)
         log.info("%s images in %s", f"{len(images):,}", config.images)
@@ -45,17 +48,17 @@ def plan_run(config: RunConfig, spent: float, stats: DatasetStats | None = None)
     if labeled:
         log.info("evaluated on %s", config.test_images or "a fifth of them, which pre-training sees without labels")
     facts = folder_facts(images, infos, labeled)
-    candidates = list_candidates(facts, given)
+    candidates = list_candidates(facts, user_options)
     with spell_in_section("pretrain", RunConfig.model_fields):
-        timings = measure_machine(images, facts, candidates, given, config.device, budget)
-    plan = make_plan(facts, candidates, timings, budget, given, spent)
-    chosen = {**plan.options, "out": config.out}
+        timings = measure_machine(images, facts, candidates, user_options, config.device, budget)
+    plan = make_plan(facts, candidates, timings, budget, user_options, elapsed)
+    plan_options = {**plan.options, "out": config.out}
     if plan.evaluation_images is not None and config.evaluation_images is None:
-        chosen["evaluation_images"] = plan.evaluation_images
-    complete = build_config(RunConfig, merge_options(config.model_dump(exclude_unset=True), chosen))
-    found = f"{len(images):,} images of about {facts.short_side} px"
-    options = {name: getattr(complete, name).model_dump() for name in given}
-    for line in describe_plan(plan, found, options, budget, labeled is not None):
+        plan_options["evaluation_images"] = plan.evaluation_images
+    complete = build_config(RunConfig, merge_options(config.model_dump(exclude_unset=True), plan_options))
+    summary = f"{len(images):,} images of about {facts.short_side} px"
+    options = {name: getattr(complete, name).model_dump() for name in user_options}
+    for line in describe_plan(plan, summary, options, budget, labeled is not None):
         log.info("%s", line)
     return plan, complete
 
@@ -68,8 +71,15 @@ def find_labels(config: RunConfig) -> tuple[LabeledSet, LabeledSet] | None:
 
 
 def check(config: RunConfig) -> DatasetStats:
-    """Read every image; log what is there, warnings, all unreadable images and the plan of `run`; return the statistics."""
-    channels = config.given["fit_tokenizer"].get("channels", 3)
+    """Read every image; log what is there, warnings, all unreadable images and the plan of `run`; return the statistics.
+
+    Args:
+        config: options of `mapet check`, which are those of `run`.
+
+    Returns:
+        Statistics of all images; without a plan if none is readable.
+    """
+    channels = config.user_options["fit_tokenizer"].get("channels", 3)
     images = find_value_range(list_images(config.images, config), channels)
     stats = compute_dataset_stats(images, channels, num_workers() + 1)
     for line in stats.lines():

@@ -40,6 +40,8 @@ NUM_SHOWN = 6
 NUM_STABILITY_IMAGES = 250
 """Images of the sample that are perturbed; each goes through the teacher seven times. With 196 patches each, a fraction is known
 to better than 1 %."""
+POLL_INTERVAL_S = 0.2
+"""Seconds between looks of the live server for Ctrl-C."""
 MIN_IMAGES_PER_CLASS = 5
 """Fewer, on average, and a class cannot be learned from its images."""
 
@@ -49,6 +51,9 @@ def report(config: ReportConfig) -> Path | None:
 
     Figures and the step-through (an image's masked patches, predicted one after the other) are computed from the newest weights of each
     run. With `config.figures` False, or where they can't be computed, the page shows those in the run's folder, if there are any.
+
+    Args:
+        config: options of `mapet report`.
 
     Returns:
         The page `config.out`; without `out` the folder `config.figures_dir`; None after serving.
@@ -68,7 +73,9 @@ def report(config: ReportConfig) -> Path | None:
         except MapetError as error:
             if figures_dir is not None:
                 raise  # the figures are what was asked for; a page is useful without them
-            log.warning("%s: no new figures: %s. Earlier ones are shown, if any", view.files.given, error)
+            log.warning(
+                "%s: no new figures, earlier ones are shown if there are any: %s", view.files.user_folder, error
+            )
             view.notes.append(f"No new figures: {error}")
     if figures_dir is not None:
         _write_figures(views[0], figures_dir)  # with `figures_dir` the config has one run
@@ -150,7 +157,7 @@ def _serve(folder: Path) -> None:
         waiting = "" if RunFiles(folder).config else " (no run has started there yet: the page waits for it)"
         log.info("%s shows %s%s; Ctrl-C stops this server, not the run", server.url, folder, waiting)
         try:
-            server.serve_forever(poll_interval=0.2)
+            server.serve_forever(poll_interval=POLL_INTERVAL_S)
         except KeyboardInterrupt:
             log.info("the server has stopped")
 
@@ -158,15 +165,18 @@ def _serve(folder: Path) -> None:
 def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     """Measure a tokenizer on a sample of images, and write metrics, warnings and figures into the folder `config.out`.
 
+    Args:
+        config: options of `mapet inspect-tokenizer`.
+
     Returns:
         Paths of tokenizer_metrics.json, tokenizer_report.md and the figures (PNG), in that order.
 
     Raises:
-        MapetError: as for `_measure`, or the tokenizer can't be loaded.
+        MapetError: as for `_measure_tokens`, or the tokenizer can't be loaded.
     """
     compute = ComputeContext.from_options(precision="float32")
     tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
-    sample, metrics = _measure(config, tokenizer, compute)
+    sample, metrics = _measure_tokens(config, tokenizer, compute)
     figures = plot_tokenizer(sample, tokenizer.quantizer.centroids, NUM_SHOWN)
     for name, value in format_token_metrics(metrics).items():
         log.info("%-28s %s", name, value)
@@ -177,7 +187,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
         log.info("no warnings: the metrics show no known problem of these tokens")
     content = {"tokenizer": str(config.tokenizer), "hash": tokenizer.hash, "images": config.images}
     content["label_free"] = tokenizer.description.get("label_free", False)
-    write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "measures": asdict(metrics)})
+    write_json(config.out / TOKENIZER_METRICS, content | {"warnings": warnings, "metrics": asdict(metrics)})
     write_text(
         config.out / TOKENIZER_REPORT,
         render_tokenizer_report(metrics, warnings, str(config.tokenizer), tokenizer.description),
@@ -190,7 +200,7 @@ def inspect_tokenizer(config: InspectTokenizerConfig) -> list[Path]:
     return paths
 
 
-def _measure(
+def _measure_tokens(
     config: InspectTokenizerConfig, tokenizer: Tokenizer, compute: ComputeContext
 ) -> tuple[TokenSample, TokenMetrics]:
     """Tokenize a sample of `config.sample` images, always the same ones, and compute the metrics of their tokens.
@@ -199,7 +209,9 @@ def _measure(
     compared with the stored tokens: the fraction of tokens that stay the same is a metric.
 
     Args:
+        config: options of `mapet inspect-tokenizer`.
         tokenizer: with its teacher, on `compute.device`.
+        compute: device and precision of the teacher.
 
     Returns:
         The tokens of the sample, with the pixels of as many images as the figures need; the metrics.
@@ -209,12 +221,12 @@ def _measure(
             made from other images or by another tokenizer.
     """
     images = list_as_trained(config.images, AS_STORED, tokenizer.read_options)
-    drawn = np.random.default_rng(0).permutation(len(images))[: config.sample]
+    sampled = np.random.default_rng(0).permutation(len(images))[: config.sample]
     sampler = inspection.TokenSampler(tokenizer, compute)
     num_patches = tokenizer.grid[0] * tokenizer.grid[1]
     num_pixels = inspection.num_images_for_figures(NUM_SHOWN, tokenizer.vocab_size, num_patches)
-    sample = sampler.sample(images, drawn.tolist(), num_pixels)
-    perturbed = drawn[:NUM_STABILITY_IMAGES].tolist()
+    sample = sampler.sample(images, sampled.tolist(), num_pixels)
+    perturbed = sampled[:NUM_STABILITY_IMAGES].tolist()
     # name of a perturbation -> tokens of the same content (without it, with it)
     pairs = sampler.sample_perturbed(images, perturbed)
     if config.tokens is not None:
@@ -224,17 +236,18 @@ def _measure(
             hint = f"Or omit {option('tokens')}: stored tokens are then not compared, all else is measured"
             raise MapetError(f"{error}. {hint}") from None
         pairs["stored"] = sampler.compare_stored(images, store, perturbed)
-    labels, is_test = _labels(images, drawn, sample.image_index)
+    labels, is_test = _read_labels(images, sampled, sample.image_index)
     return sample, compute_token_metrics(sample.ids, tokenizer.vocab_size, pairs, labels, is_test)
 
 
-def _labels(
-    images: ImageList, drawn: Int[np.ndarray, " n"], readable: Int[Tensor, " m"]
+def _read_labels(
+    images: ImageList, sampled: Int[np.ndarray, " n"], readable: Int[Tensor, " m"]
 ) -> tuple[Int[Tensor, " m"] | None, Bool[Tensor, " m"] | None]:
     """Return the labels of the tokenized images, and which of these images test the probe of tokens against classes.
 
     Args:
-        drawn: indices, in `images`, of the sample; a fifth of each class of the sample is held out for the test.
+        images: all images.
+        sampled: indices, in `images`, of the sample; a fifth of each class of the sample is held out for the test.
         readable: indices, in `images`, of the m images of the sample that could be read and were tokenized, in their order.
 
     Returns:
@@ -244,14 +257,14 @@ def _labels(
     if (classes_and_labels := images.classes()) is None:
         return None, None
     classes, labels = classes_and_labels
-    num_present = len(np.unique(labels[drawn]))
-    if num_present <= 1 or len(drawn) < MIN_IMAGES_PER_CLASS * num_present:
+    num_present = len(np.unique(labels[sampled]))
+    if num_present <= 1 or len(sampled) < MIN_IMAGES_PER_CLASS * num_present:
         enough = option("sample", MIN_IMAGES_PER_CLASS * len(classes))
         log.info(
             "sample of %d images of %d classes: too few to compare tokens with classes; %s would do",
-            len(drawn), num_present, enough,
+            len(sampled), num_present, enough,
         )  # fmt: skip
         return None, None
     is_test = np.zeros(len(images), dtype=bool)
-    is_test[drawn] = heldout_mask(LabeledSet(images, classes, labels).subset(drawn))
+    is_test[sampled] = heldout_mask(LabeledSet(images, classes, labels).subset(sampled))
     return torch.from_numpy(labels)[readable], torch.from_numpy(is_test)[readable]

@@ -31,11 +31,12 @@ NUM_COPIES = 200
 """Images whose JPEG copies tell how similar near duplicates are."""
 NUM_ROWS, ROW_IMAGES, NUM_OUTLIERS = 24, 8, 48
 """What the page shows at most: rows (an image with its nearest, a group of duplicates), images of a row, outliers."""
-SMALL, MAX_DIFFERENCE = (16, 16), 4.0
+COMPARISON_SIZE, MAX_DIFFERENCE = (16, 16), 4.0
 """Height and width, pixels, at which near duplicates are compared, and by how many of 255 levels (root mean square) they may differ."""
+COMPARISON_BATCH_SIZE = 256
 MAX_DUPLICATES = 0.5
 """Fraction of images with near duplicates above which a warning doubts them."""
-THUMBNAIL = (112, 112)
+THUMBNAIL_SIZE = (112, 112)
 """Height and width of the page's images, pixels."""
 Row = list[tuple[ImageList, int, str]]
 """Images of a row of the page: list, index in it, caption."""
@@ -51,14 +52,15 @@ def search(config: SearchConfig) -> Path:
     Args:
         config: options of `mapet search`.
 
+    Returns:
+        The folder `config.out`.
+
     Raises:
         Interrupted: a signal such as Ctrl-C came while features were computed; those so far are saved.
         MapetError: backbone or images cannot be loaded, the features are of other images or options, or too many images are unreadable.
     """
-    shared, folder = (
-        set(EmbedConfig.model_fields) & set(SearchConfig.model_fields),
-        config.features or config.out / "features",
-    )
+    shared = set(EmbedConfig.model_fields) & set(SearchConfig.model_fields)
+    folder = config.features or config.out / "features"
     embedding = EmbedConfig(**config.model_dump(include=shared) | {"out": folder, "resume": True})
     embed(embedding)
     backbone = load_embedder(embedding)
@@ -75,36 +77,66 @@ def search(config: SearchConfig) -> Path:
         queries = list_as_trained(config.query, config, backbone.read_options)
         features, rows = compute_features(queries, np.arange(len(queries)))
         neighbors = index.search(features, config.num_neighbors)
-    found = [*zip(rows.tolist(), neighbors.similarity.tolist(), neighbors.image_index.tolist(), strict=True)]
-    table = (
-        (queries.printable_id(query), rank, images.printable_id(image), f"{value:.6f}")
-        for query, values, nearest in found
-        for rank, (value, image) in enumerate(zip(values, nearest, strict=True), 1)
+    sections["Nearest images, with their cosine similarity"] = _write_neighbors(
+        config, queries, rows, images, neighbors
     )
-    write_csv(config.out / "neighbors.csv", ("id", "rank", "neighbor", "similarity"), table)
-    sections["Nearest images, with their cosine similarity"] = [
-        [(queries, query, queries.printable_id(query))]
-        + [(images, i, f"{value:.3f} {images.printable_id(i)}") for value, i in zip(values, nearest, strict=True)]
-        for query, values, nearest in (
-            found[i] for i in np.unique(np.linspace(0, len(found) - 1, NUM_ROWS).astype(int))
-        )
-    ]
     page = {title: [_embed_thumbnails(backbone.channels, row) for row in rows] for title, rows in sections.items()}
     facts = {
         "images": f"{config.images} ({len(index.readable):,} images)",
         "backbone": config.backbone,
         "features": config.features_description,
     }
-    write_text(config.out / "search.html", render("search.html", facts=facts, sections=page, size=THUMBNAIL))
+    write_text(config.out / "search.html", render("search.html", facts=facts, sections=page, size=THUMBNAIL_SIZE))
     log.info("search.html and CSV files in %s; to search again: %s", config.out, option("features", str(folder)))
     return config.out
+
+
+def _write_neighbors(
+    config: SearchConfig, queries: ImageList, rows: Int[np.ndarray, " m"], images: ImageList, neighbors: Neighbors
+) -> list[Row]:
+    """Write neighbors.csv (id, rank from 1, neighbor, similarity), and return rows of the page: queries with their nearest images.
+
+    Args:
+        config: options of `mapet search`; `out` is used.
+        queries: list of the images whose neighbors were searched for.
+        rows: indices, in `queries`, of the m readable ones.
+        images: list of the images that were searched.
+        neighbors: of the m queries, in their order.
+
+    Returns:
+        `NUM_ROWS` rows at most, spread evenly over the queries.
+    """
+    results = [*zip(rows.tolist(), neighbors.similarity.tolist(), neighbors.image_index.tolist(), strict=True)]
+    table = (
+        (queries.printable_id(query), rank, images.printable_id(image), f"{value:.6f}")
+        for query, values, nearest in results
+        for rank, (value, image) in enumerate(zip(values, nearest, strict=True), 1)
+    )
+    write_csv(config.out / "neighbors.csv", ("id", "rank", "neighbor", "similarity"), table)
+    page_rows = []
+    for index in np.unique(np.linspace(0, len(results) - 1, NUM_ROWS).astype(int)):
+        query, values, nearest = results[index]
+        row = [(images, i, f"{value:.3f} {images.printable_id(i)}") for value, i in zip(values, nearest, strict=True)]
+        page_rows.append([(queries, query, queries.printable_id(query)), *row])
+    return page_rows
 
 
 def _compute_features(
     config: SearchConfig, backbone: BackboneWrapper, images: ImageList, indices: Int[np.ndarray, " m"],
     augment: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "n F"], Int[np.ndarray, " n"]]:  # fmt: skip
-    """Compute features as `embed` does, of some images of any list; return them and the indices of the readable images."""
+    """Compute features as `embed` does, of some images of any list.
+
+    Args:
+        config: options of `mapet search`; `layers`, `pool` and `max_unreadable` are used.
+        backbone: whose features are computed.
+        images: any list.
+        indices: of the images.
+        augment: changes the uint8 pixels (C, H, W) of a view before its features are computed; None: they stay.
+
+    Returns:
+        Features of the n readable images, on the CPU, and their indices, in the order of `indices`.
+    """
     dataset = ViewDataset(
         images, ViewSpec(image_size=backbone.image_size), backbone.channels, backbone.image_size, augment=augment
     )
@@ -126,48 +158,62 @@ def _write_duplicates(
     Near duplicates are at least as similar as `config.min_similarity`. Without it they are as similar as nearly all images are to their
     own JPEG copies (`copy_similarity`, of a sample of `NUM_COPIES`), and look alike at a size of 16 x 16 px (`_drop_different`): a
     backbone that was trained little has similar features of many different images.
+
+    Args:
+        config: options of `mapet search`; `out` and `min_similarity` are used.
+        images: the list that was searched.
+        channels: of the backbone's input.
+        index: features of `images`.
+        neighbors: nearest images of each readable image, in the order of `index`.
+        compute_features: called as f(images, indices, augment), see `_compute_features`.
+
+    Returns:
+        The title, with the counts, -> `NUM_ROWS` groups at most, of `ROW_IMAGES` images each.
     """
-    least = config.min_similarity
-    if least is None:
+    min_similarity = config.min_similarity
+    if min_similarity is None:
         sample = index.readable[
             np.linspace(0, len(index.readable) - 1, min(NUM_COPIES, len(index.readable))).astype(int)
         ]
         copies, sample = compute_features(images, sample, similarity.jpeg_copy)
-        least = similarity.copy_similarity(torch.from_numpy(index.features[sample]), copies)
-    pairs = similarity.similar_pairs(index.readable, neighbors, least)
+        min_similarity = similarity.copy_similarity(torch.from_numpy(index.features[sample]), copies)
+    pairs = similarity.similar_pairs(index.readable, neighbors, min_similarity)
     if config.min_similarity is None:
         pairs = _drop_different(images, channels, pairs)
-    found = similarity.find_duplicates(images, pairs, least)
+    duplicates = similarity.find_duplicates(images, pairs, min_similarity)
     names = images.printable_id
     rows = (
         (p.group, names(p.first), names(p.second), "exact" if p.is_exact else "near", f"{p.similarity:.6f}")
-        for p in found
+        for p in duplicates
     )
     write_csv(config.out / "duplicates.csv", ("group", "id", "duplicate", "kind", "similarity"), rows)
     groups: dict[int, dict[int, str]] = {}
-    for pair in found:
+    for pair in duplicates:
         for image in (pair.first, pair.second):
             groups.setdefault(pair.group, {}).setdefault(
                 image, f"{'exact' if pair.is_exact else 'near'} {names(image)}"
             )
     num_exact, num_near = (
-        len({image for pair in found if pair.is_exact == exact for image in (pair.first, pair.second)})
+        len({image for pair in duplicates if pair.is_exact == exact for image in (pair.first, pair.second)})
         for exact in (True, False)
     )
     summary = f"{num_exact:,} images have exact duplicates, {num_near:,} near ones, in {len(groups):,} groups"
-    log.info("%s; near: cosine similarity from %.6f", summary, least)
+    log.info("%s; near: cosine similarity from %.6f", summary, min_similarity)
     if num_near > MAX_DUPLICATES * len(index.readable):
         hint = f"these features hardly tell images apart: give a higher {option('min_similarity')}, or another backbone"
         log.warning("%d of %d images have near duplicates: %s", num_near, len(index.readable), hint)
-    record(config.out, results={"min_similarity": least, "exact_duplicates": num_exact, "near_duplicates": num_near})
-    shown = [list(group.items())[:ROW_IMAGES] for group in list(groups.values())[:NUM_ROWS]]
-    return {f"Duplicates: {summary}": [[(images, image, text) for image, text in group] for group in shown]}
+    record(
+        config.out,
+        results={"min_similarity": min_similarity, "exact_duplicates": num_exact, "near_duplicates": num_near},
+    )
+    page_groups = [list(group.items())[:ROW_IMAGES] for group in list(groups.values())[:NUM_ROWS]]
+    return {f"Duplicates: {summary}": [[(images, image, text) for image, text in group] for group in page_groups]}
 
 
 def _drop_different(images: ImageList, channels: int, pairs: Pairs) -> Pairs:
-    """Return the pairs whose center crops, at the size `SMALL`, differ by a root mean square of at most `MAX_DIFFERENCE` levels."""
-    dataset = ViewDataset(images, ViewSpec(image_size=SMALL), channels, SMALL)
-    batches = position_batches(np.unique([*pairs]), 256)
+    """Return the pairs whose center crops, at the size `COMPARISON_SIZE`, differ by a root mean square of at most `MAX_DIFFERENCE` levels."""
+    dataset = ViewDataset(images, ViewSpec(image_size=COMPARISON_SIZE), channels, COMPARISON_SIZE)
+    batches = position_batches(np.unique([*pairs]), COMPARISON_BATCH_SIZE)
     views: dict[int, Tensor] = {}
     for batch in readable_batches(dataset, batches, UnreadableImages(images, 1.0, is_option=False), "comparing pixels"):
         assert batch.images is not None
@@ -194,9 +240,9 @@ def _write_outliers(config: SearchConfig, images: ImageList, index: FeatureIndex
 
 def _embed_thumbnails(channels: int, row: Row) -> list[tuple[str, str]]:
     """Return (data URI of the center crop, caption) of each image of a row; readable ones, as their features are known."""
-    shown = []
+    thumbnails = []
     for images, image, caption in row:
-        batch = ViewDataset(images, ViewSpec(image_size=THUMBNAIL), channels, THUMBNAIL).batch([(0, image)])
+        batch = ViewDataset(images, ViewSpec(image_size=THUMBNAIL_SIZE), channels, THUMBNAIL_SIZE).batch([(0, image)])
         if batch.images is not None:
-            shown.append((image_uri(to_image(batch.images[0])), caption))
-    return shown
+            thumbnails.append((image_uri(to_image(batch.images[0])), caption))
+    return thumbnails

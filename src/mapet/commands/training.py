@@ -68,10 +68,13 @@ def finetune(config: FinetuneConfig) -> float:
 
 
 def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
-    """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/curve.png.
+    """Fine-tune with one seed, log the accuracy and, if there is an `out` folder, record it in run.json and draw OUT/learning_curve.png.
 
     With `resume`, a run whose run.json has an accuracy is finished: its metrics are returned, and nothing is trained. Another run
     resumes from its newest checkpoint. The checkpoints are deleted when the run has finished.
+
+    Args:
+        config: options of `mapet finetune`; `num_seeds` is not used.
 
     Returns:
         'accuracy' on the test images (0..1), after 'balanced_accuracy' and 'auroc' if they are imbalanced; and the name of the signal that
@@ -101,8 +104,8 @@ def _finetune_once(config: FinetuneConfig) -> tuple[dict[str, float], str]:
         log.warning("the %s is not significantly above that of always predicting one class: %s", name, hint)
     if config.out:
         rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        save_figure(plot_learning_curve(rows), config.out / "curve.png")
-        results = {**_results(metrics), "classes": train.classes}
+        save_figure(plot_learning_curve(rows), config.out / "learning_curve.png")
+        results = {**_metrics_to_json(metrics), "classes": train.classes}
         if calibration:
             results["calibration"] = calibration._asdict()
             log.info(
@@ -123,7 +126,7 @@ def _format_metrics(metrics: dict[str, MetricValue]) -> str:
     return ", ".join(f"{METRIC_NAMES[kind]} {format_metric(metric)}" for kind, metric in metrics.items())
 
 
-def _results(metrics: dict[str, MetricValue]) -> dict[str, Any]:
+def _metrics_to_json(metrics: dict[str, MetricValue]) -> dict[str, Any]:
     """Return what run.json has of metrics: 'accuracy', 'ci95_low', 'ci95_high'; of other kinds KIND, 'KIND_ci95_low', ..., before it."""
     results: dict[str, Any] = {}
     for kind, metric in metrics.items():
@@ -137,6 +140,12 @@ def _finetune_seeds(config: FinetuneConfig) -> float:
 
     Without `out` nothing is written. With `resume`, finished seeds are not trained again, the seed that was stopped resumes from its
     checkpoint, and `num_seeds` may differ from that of the first call.
+
+    Args:
+        config: options of `mapet finetune`.
+
+    Returns:
+        The mean accuracy on the test images (0..1).
 
     Raises:
         Interrupted: a signal asked to stop; finished seeds are kept, and the running one's checkpoint.
@@ -168,7 +177,7 @@ def _finetune_seeds(config: FinetuneConfig) -> float:
     caution = "; an interval from two seeds is unreliable" if config.num_seeds == 2 else ""
     log.info("%s: 95 %% intervals over %d seeds%s", _format_metrics(means), config.num_seeds, caution)
     accuracies = {seed: each["accuracy"] for seed, each in scores.items()}
-    record(out, results={**_results(means), "seeds": accuracies})
+    record(out, results={**_metrics_to_json(means), "seeds": accuracies})
     return means["accuracy"].value
 
 
@@ -198,8 +207,8 @@ def debug_step(config: DebugStepConfig) -> list[checkpoint.StepReport]:
         )
     task_type, config_type = TASKS.get(read_command(folder), TASKS["pretrain"])
     task, run = task_type(), build_config(config_type, read_config(path), path)
-    given = {name: getattr(config, name) for name in ("images", "precision") if getattr(config, name)}
-    run = run.model_copy(update={"device": config.device} | given)
+    overrides = {name: getattr(config, name) for name in ("images", "precision") if getattr(config, name)}
+    run = run.model_copy(update={"device": config.device} | overrides)
     task.build(run, ComputeContext.from_options(run.device, run.precision))
     sampler = EpochBatchSampler(task.indices, task.config.batch_size, run.epochs, run.seed)
     reports = []

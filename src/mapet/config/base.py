@@ -25,6 +25,8 @@ MAX_INT = 2**63 - 1
 """Largest whole number of an option: that of 64 bits."""
 MAX_YAML_VALUES = 100_000
 """Most values of a config file; an alias counts as all that it stands for, so that nested ones cannot fill the memory."""
+MAX_YAML_ERROR_CHARS = 500
+"""Characters of the YAML parser's error that are quoted."""
 
 
 class Config(BaseModel):
@@ -46,7 +48,7 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _normalize(cls, value: Any, info: ValidationInfo) -> Any:
+    def _normalize(cls, value: object, info: ValidationInfo) -> object:
         """Return the value of any field as pydantic shall validate it.
 
         Of a field that may be None, 'none' becomes None, and so does 'auto' where the help text has "auto: ...". Of a list or
@@ -66,10 +68,10 @@ class Config(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _check_size(cls, value: Any) -> Any:
+    def _check_size(cls, value: object) -> object:
         """Return the value of any field; refuse whole numbers that no library can hold, as of 30 digits."""
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(number, int) and abs(number) > MAX_INT:
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, int) and abs(item) > MAX_INT:
                 raise ValueError(f"must be at most {MAX_INT}")
         return value
 
@@ -96,7 +98,7 @@ class Config(BaseModel):
         return self
 
 
-def is_multi_valued(annotation: Any) -> bool:
+def is_multi_valued(annotation: object) -> bool:
     """Return whether a field's type is a list or a tuple of any length, also as an alternative: `list[str] | None`.
 
     False for a tuple of fixed length, e.g. height and width.
@@ -121,6 +123,9 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
         path: the file that `options` were read from, for error messages; None: from Python or the command line.
         typed: options from the command line, of the same form; they replace those of the same name in `options`.
 
+    Returns:
+        The config.
+
     Raises:
         MapetError: options that are unknown, missing or invalid; the message lists all of them on one line. `field`, `value` and
             `expected` of the error are the first one's.
@@ -135,15 +140,15 @@ def build_config(config_type: type[C], options: Options, path: Path | None = Non
     try:
         return config_type.model_validate(merged)
     except ValidationError as error:
-        found = error.errors()
+        all_problems = error.errors()
         # A list is too short for pydantic, too, where an invalid item of it does not count.
-        lists = {problem["loc"][:-1] for problem in found if len(problem["loc"]) > 1}
-        problems = [problem for problem in found if problem["loc"] not in lists]
+        lists = {problem["loc"][:-1] for problem in all_problems if len(problem["loc"]) > 1}
+        problems = [problem for problem in all_problems if problem["loc"] not in lists]
         text = "; ".join(dict.fromkeys(_explain(config_type, problem, path, typed) for problem in problems))
         if path is not None and any(problem["type"] == "extra_forbidden" for problem in problems):
             text += _version_hint(path)
-        field, value = _field(problems[0]) or None, problems[0]["input"]
-        raise MapetError(text, field=field, value=value, expected=_expected(problems[0])) from None
+        field, value = _option_name(problems[0]) or None, problems[0]["input"]
+        raise MapetError(text, field=field, value=value, expected=_expected_value(problems[0])) from None
 
 
 def _build_by_name(config_type: type[C], options: Options, path: Path | None, typed: Options) -> dict[str, Any]:
@@ -166,10 +171,10 @@ def _build_by_name(config_type: type[C], options: Options, path: Path | None, ty
     return built
 
 
-def merge_options(base: Options, over: Options) -> dict[str, Any]:
-    """Merge two nested mappings of options into a new one; where both have a value that is no mapping, take the one of `over`."""
+def merge_options(base: Options, overrides: Options) -> dict[str, Any]:
+    """Merge two nested mappings of options into a new one; where both have a value that is no mapping, take the one of `overrides`."""
     merged = dict(base)
-    for key, value in over.items():
+    for key, value in overrides.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge_options(merged[key], value) if both else value
     return merged
@@ -177,8 +182,8 @@ def merge_options(base: Options, over: Options) -> dict[str, Any]:
 
 EXPECTED = {
     "greater_than": "must be greater than {gt:g}", "greater_than_equal": "must be at least {ge:g}",
-    "too_short": "must have at least {min_length}", "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:.15g}",
-    "too_long": "must have at most {max_length}", "value_error": "{error}", "literal_error": "must be {expected}",
+    "too_short": "must have {min_length} or more values", "less_than": "must be less than {lt:g}", "less_than_equal": "must be at most {le:.15g}",
+    "too_long": "must have at most {max_length} values", "value_error": "{error}", "literal_error": "must be {expected}",
     "string_type": "must be a text", "finite_number": "must be a finite number",
     "missing": "must have more values",
     **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "must be a whole number"),
@@ -192,24 +197,26 @@ EXPECTED = {
 def _version_hint(path: Path) -> str:
     """Return that another version of mapet wrote the folder of a config, by the run.json in it, and what to do; '' if none did."""
     try:
-        found = read_json(path.with_name(RUN_FILE), "run state")["versions"]["mapet"]
+        written_by = read_json(path.with_name(RUN_FILE), "run state")["versions"]["mapet"]
     except (MapetError, KeyError, TypeError):  # there is none, or it is damaged
         return ""
-    if found == (present := version("mapet")):
+    if written_by == (present := version("mapet")):
         return ""
-    fix = (
+    hint = (
         "resume it with that version, or start a new run in another folder by a copy of the file without these options"
     )
-    return f": mapet {found} wrote {path.parent}, this is mapet {present}: {fix}"
+    return f": mapet {written_by} wrote {path.parent}, this is mapet {present}: {hint}"
 
 
-def _field(problem: ErrorDetails) -> str:
-    """Return the option that pydantic's error is about, with dots between nested names and without what is behind it, the index of a
-    list's item and the alternative of a type; '' for several options."""
+def _option_name(problem: ErrorDetails) -> str:
+    """Return the name of the option that pydantic's error is about, nested names joined by dots; '' if it is about several options.
+
+    An error about an item of a list, or about one alternative of a type, is about the option as a whole.
+    """
     return ".".join(str(part) for part in takewhile(lambda part: isinstance(part, str), problem["loc"]))
 
 
-def _expected(problem: ErrorDetails) -> str:
+def _expected_value(problem: ErrorDetails) -> str:
     """Return what an option's value must be, e.g. 'must be at least 1': from `EXPECTED` by the type of pydantic's error, else pydantic's text.
 
     The text of a ValueError that mapet's own validators raise is returned as it is.
@@ -231,14 +238,14 @@ def _explain(config_type: type[Config], problem: ErrorDetails, path: Path | None
     in_file = path is not None and bool(location) and location[0] not in typed and kind != "missing"
     where = f" (in {path})" if in_file else ""
     with spell_as_flags(False) if in_file else nullcontext():
-        name = option(_field(problem))
+        name = option(_option_name(problem))
         if kind == "extra_forbidden":
             known = [option(known) for known, _ in iter_options(config_type)]
             return f"unknown option '{name}'{where}{did_you_mean(name, known)}"
         if kind == "missing" and len(location) == 1:
             description = config_type.model_fields[str(location[0])].description or ""
             return f"{name} is required: {' '.join(description.split()).rstrip('.')}"
-        expected = _expected(problem)
+        expected = _expected_value(problem)
         return f"{name}: {expected}, got {problem['input']!r}{where}" if location else expected
 
 
@@ -289,7 +296,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise MapetError(f"cannot read the config {path} ({error.strerror or error}): check the path") from None
     except ValueError as error:
-        raise MapetError(f"{path} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+        problem = " ".join(str(error).split())[:MAX_YAML_ERROR_CHARS]
+        raise MapetError(f"{path} is not valid YAML: {problem}: correct the file") from None
     if not isinstance(options, (dict, NoneType)):
         raise MapetError(f"{path} must hold a mapping, one `name: value` a line, but holds a {type(options).__name__}")
     return {str(key).replace("-", "_"): value for key, value in (options or {}).items()}
@@ -320,16 +328,23 @@ def parse_yaml(text: str) -> Any:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            _check_nodes(node)
+            _check_yaml_nodes(node)
             return None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from None
     except (yaml.YAMLError, OverflowError, RecursionError) as error:
         raise ValueError(str(error) or type(error).__name__) from None
 
 
-def _check_nodes(root: yaml.Node | None) -> None:
+def _check_yaml_nodes(root: yaml.Node | None) -> None:
     """Check a parsed YAML document before values are made of it, see `parse_yaml`; aliases are followed, also where they never end.
+
+    Args:
+        root: of the document; None for an empty one.
 
     Raises:
         ValueError: a key is given twice in one mapping, or there are too many values.
@@ -362,7 +377,7 @@ def to_yaml(config: Config, exclude: Mapping[str, Any] = {}) -> str:
     return dump_yaml(config.model_dump(mode="json", exclude=dict(exclude)))
 
 
-def dump_yaml(value: Any) -> str:
+def dump_yaml(value: object) -> str:
     """Return the YAML text that `parse_yaml` reads as this value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -376,9 +391,11 @@ def diff_configs(old: Config, new: Config, ignore: frozenset[str] = frozenset())
         old, new: the configs.
         ignore: names of fields of the top level, sections among them, that are not compared.
     """
-    before, after = (dict(_flatten(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new))
-    differing = [name for name in before | after if before.get(name) != after.get(name)]
-    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in differing]
+    old_values, new_values = (
+        dict(_flatten(config.model_dump(mode="json", exclude=set(ignore)))) for config in (old, new)
+    )
+    differing = [name for name in old_values | new_values if old_values.get(name) != new_values.get(name)]
+    return [f"{name}: {old_values.get(name)!r} -> {new_values.get(name)!r}" for name in differing]
 
 
 def _flatten(options: Options, prefix: str = "") -> Iterator[tuple[str, Any]]:

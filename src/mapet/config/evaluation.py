@@ -78,16 +78,16 @@ class EvaluateConfig(
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each contradiction between options."""
-        if len(set(self.backbone)) < len(self.backbone):
-            yield f"{option('backbone')}: a backbone is given twice"
+        if repeated := [name for name in dict.fromkeys(self.backbone) if self.backbone.count(name) > 1]:
+            yield f"{option('backbone')}: {repeated[0]} is given twice: give each backbone once"
         if len(self.controls) > 1 and {"auto", "none"} & {*self.controls}:
-            yield f"{option('controls')}: auto and none stand alone, got {' '.join(self.controls)}"
+            yield f"{option('controls')}: auto and none are given alone, got {' '.join(self.controls)}: omit the others"
         if self.annotations is not None and (self.seg_masks or self.test_seg_masks or self.ignore_labels):
             yield f"{option('annotations')} and {option('seg_masks')} each list their own images: evaluate one after the other"
         if self.ood_images and (self.annotations or self.seg_masks):
-            yield f"{option('ood_images')} are matched by class folders, which {option('annotations')} or {option('seg_masks')} take the place of"
+            yield f"{option('ood_images')} needs labels from class folders, not {option('annotations')} or {option('seg_masks')}: omit one of them"
         if self.annotations is not None and self.test_images is not None and self.test_annotations is None:
-            yield f"{option('test_images')} with {option('annotations')} need {option('test_annotations')}"
+            yield f"{option('test_images')} with {option('annotations')} needs {option('test_annotations')}: give both or neither"
         if self.test_annotations is not None and self.annotations is None:
             yield f"{option('test_annotations')} are for {option('annotations')}: give both"
 
@@ -135,7 +135,7 @@ class FinetuneConfig(FinetuneOptions, shared.ReadOptions, LimitOptions, shared.G
     """Labeled images to test on; auto: a 20 % hold-out split of `images`, chosen by image name."""
     out: Path | None = None
     """New folder for the fine-tuned model, its config (config.yaml), accuracy and provenance (run.json), curve (metrics.jsonl,
-    tensorboard/, curve.png) and, until it is finished, checkpoints; none: only the accuracy is returned."""
+    tensorboard/, learning_curve.png) and, until it is finished, checkpoints; none: only the accuracy is returned."""
     from_scratch: bool = False
     """Start the same architecture from random weights, for comparison."""
     labels_per_class: shared.Labels | None = None
@@ -150,20 +150,22 @@ class FinetuneConfig(FinetuneOptions, shared.ReadOptions, LimitOptions, shared.G
             yield f"{option('resume', True)} needs the folder to resume: give {option('out')}"
 
 
-class EmbedConfig(
-    shared.ReadOptions,
-    LimitOptions,
-    shared.FeatureOptions,
-    shared.UnreadableImageOptions,
-    shared.DeviceOptions,
-    shared.ResumeOptions,
+class InferenceOptions(
+    shared.ReadOptions, LimitOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
 ):
-    """Options of `embed`."""
+    """A frozen backbone, run on all images of a source: options of `embed`, `predict` and `search`."""
 
     backbone: shared.BackboneSource
     """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
     images: shared.Source
-    """Folder of images, or text file of paths."""
+    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
+    precision: shared.Precision = "auto"
+    """Matmul precision; auto: the faster one in a timing."""
+
+
+class EmbedConfig(InferenceOptions, shared.FeatureOptions):
+    """Options of `embed`."""
+
     out: Path
     """New folder for the features."""
     pool: Literal[shared.Pool, "none"] = shared.DEFAULT_POOL  # type: ignore[assignment]
@@ -175,24 +177,16 @@ class EmbedConfig(
     """Data type of the features on disk."""
     image_size: shared.Size | None = None
     """Height and width of the input, pixels; positions are interpolated; auto: the backbone's own."""
-    precision: shared.Precision = "auto"
-    """Matmul precision; auto: the faster one in a timing."""
 
 
-class PredictConfig(
-    shared.ReadOptions, LimitOptions, shared.UnreadableImageOptions, shared.DeviceOptions, shared.ResumeOptions
-):
+class PredictConfig(InferenceOptions):
     """Options of `predict`."""
 
     out_is_file: ClassVar[bool] = True
     backbone: shared.BackboneSource
     """A folder of `finetune`, or a model folder of timm with a classifier and the names of its classes."""
-    images: shared.Source
-    """Folder of images, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New file for labels and probabilities, .csv or .parquet."""
-    precision: shared.Precision = "auto"
-    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
     def problems(self) -> Iterator[str]:
         """Yield a message if the file has another format."""
@@ -200,20 +194,9 @@ class PredictConfig(
             yield f"{option('out')} {self.out} ends neither in .csv nor in .parquet: give a file of one of them"
 
 
-class SearchConfig(
-    shared.ReadOptions,
-    LimitOptions,
-    shared.FeatureOptions,
-    shared.UnreadableImageOptions,
-    shared.DeviceOptions,
-    shared.ResumeOptions,
-):
+class SearchConfig(InferenceOptions, shared.FeatureOptions):
     """Options of `search`."""
 
-    backbone: shared.BackboneSource
-    """A run, a model folder of timm or Hugging Face, a weights file (MaPeT's released ones, MAE, DINO, timm, ...), or timm:NAME."""
-    images: shared.Source
-    """Images to search: a folder, text file of paths, .tar shards (also by URL), or hf:NAME[:SPLIT] of Hugging Face's `datasets`."""
     out: Path
     """New folder for the page, the CSV files and the features."""
     query: shared.Source | None = None
@@ -225,8 +208,6 @@ class SearchConfig(
     """Nearest images of each."""
     min_similarity: float | None = Field(default=None, gt=-1, le=1)
     """Cosine similarity from which on two images are near duplicates; auto: that which 95 % of a sample have with their own JPEG copies."""
-    precision: shared.Precision = "auto"
-    """Matmul precision; auto: bfloat16 where the hardware accelerates it."""
 
 
 class ExportConfig(shared.FeatureOptions, LimitOptions):

@@ -36,7 +36,7 @@ NUMBER_AND_UNIT = re.compile(r"([0-9.]+)\s*(s|m|min|h|d|)")
 MINUTES = {"s": 1 / 60, "m": 1, "min": 1, "": 1, "h": 60, "d": 1440}
 
 
-def _as_minutes(value: Any) -> Any:
+def _as_minutes(value: object) -> object:
     """Return the minutes of a text such as '30m', '2h' or '90'; other values unchanged, which pydantic validates.
 
     Raises:
@@ -50,12 +50,12 @@ def _as_minutes(value: Any) -> Any:
 
 
 def default_out(images: str) -> Path:
-    """Return runs/FOLDER-DATE for a source of images, with a number behind it if that folder holds something."""
+    """Return runs/FOLDER-DATE for a source of images, or runs/FOLDER-DATE-2, -3, ... if that folder holds something."""
     is_path = not images.startswith(shared.HF_PREFIX) and not shared.is_url(images)
     name = re.sub(r"[^\w.-]+", "-", Path(images).resolve().name if is_path else images).strip("-.")
     first = Path("runs") / f"{name or 'images'}-{datetime.date.today().isoformat()}"
-    numbered = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([first], numbered) if not (path.is_dir() and any(path.iterdir())))
+    others = (first.with_name(f"{first.name}-{index}") for index in itertools.count(2))
+    return next(path for path in itertools.chain([first], others) if not (path.is_dir() and any(path.iterdir())))
 
 
 SPLIT_NAMES = {
@@ -120,8 +120,15 @@ class RunConfig(shared.ImageOptions, shared.GroupOptions, shared.JobOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _expand(cls, values: Any) -> Any:
-        """Expand options that Python gives to the class itself, and set `out` if it is not given, before validation."""
+    def _expand(cls, values: object) -> object:
+        """Expand options that Python gives to the class itself, and set `out` if it is not given, before validation.
+
+        Args:
+            values: option -> value; anything else is returned unchanged, for pydantic to refuse.
+
+        Returns:
+            The options with sections instead of `SHORTCUTS`, with `out`, and with `images` and `test_images` of a folder of splits.
+        """
         if not isinstance(values, Mapping):
             return values
         expanded = cls.expand(values)
@@ -151,16 +158,16 @@ class RunConfig(shared.ImageOptions, shared.GroupOptions, shared.JobOptions):
             value, section = options[name], expanded.get(SHORTCUTS[name], {})
             if value in (None, "auto", "none", ["auto"], ["none"]):
                 continue
-            own = section.model_dump(exclude_unset=True) if isinstance(section, Config) else section
-            if name in own:
+            section_options = section.model_dump(exclude_unset=True) if isinstance(section, Config) else section
+            if name in section_options:
                 both = f"{option(name)} is given twice, also as {option(f'{SHORTCUTS[name]}.{name}')}: omit one"
                 raise MapetError(both, field=name, value=value)
-            expanded[SHORTCUTS[name]] = {**own, name: value}
+            expanded[SHORTCUTS[name]] = {**section_options, name: value}
         return expanded
 
     @property
-    def given(self) -> dict[str, dict[str, Any]]:
-        """Section -> option -> value, of those that are not left to the plan."""
+    def user_options(self) -> dict[str, dict[str, Any]]:
+        """Return section -> option -> value, of the options that the user has given and the plan leaves as they are."""
         sections = ("fit_tokenizer", "tokenize", "pretrain")
         return {name: getattr(self, name).model_dump(exclude_unset=True) for name in sections}
 

@@ -61,16 +61,15 @@ class PretrainOptions(shared.TrainerOptions, shared.EncoderOptions, shared.Featu
 
     @property
     def varies_context(self) -> bool:
-        """Whether `mask_ratio` is a range, so that the number of context patches is drawn in each step."""
+        """Return whether `mask_ratio` is a range, so that the number of context patches is drawn in each step."""
         return self.mask_ratio[0] < self.mask_ratio[1]
 
     def problems(self) -> Iterator[str]:
         """Yield a message for each option that is invalid or contradicts another one."""
         yield from super().problems()
         if not 0 < self.mask_ratio[0] <= self.mask_ratio[1] <= 1:
-            given = " ".join(f"{ratio:g}" for ratio in dict.fromkeys(self.mask_ratio))
-            yield f"{option('mask_ratio')} {given}: must be above 0 and at most 1, the smaller one first, e.g. 0.5 0.9"
-        yield from super().problems()
+            ratios = " ".join(f"{ratio:g}" for ratio in dict.fromkeys(self.mask_ratio))
+            yield f"{option('mask_ratio')} {ratios}: must be above 0 and at most 1, the smaller one first, e.g. 0.5 0.9"
 
 
 class PretrainConfig(

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
-from mapet.config.base import Config
+from mapet.config.base import Config, Options
 from mapet.config.limits import LimitOptions
 from mapet.errors import MapetError, option
 
 
-def _as_pair(value: Any) -> Any:
+def _as_pair(value: object) -> object:
     """Return [v, v] for a single value, v or [v], and any other list or tuple as a list; pydantic calls it before validation."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * 2 if len(values) == 1 else values
@@ -30,6 +30,7 @@ VocabSize = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 """Random seed, as large as NumPy and scikit-learn take one."""
 Precision = Literal["auto", "float32", "bfloat16"]
+"""Data type of matrix products; auto: the faster one in a timing (`device.faster_precision`)."""
 HF_PREFIX = "hf:"
 """Prefix of sources that are data sets of Hugging Face."""
 
@@ -39,7 +40,7 @@ def is_url(source: str) -> bool:
     return "://" in source
 
 
-def _as_source(value: Any) -> Any:
+def _as_source(value: object) -> object:
     """Return a path as normalized text (no doubled or final slashes); URLs, hf:NAME and values of other types unchanged."""
     text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else value
     return text if not isinstance(text, str) or text.startswith(HF_PREFIX) or is_url(text) else str(Path(text))
@@ -58,7 +59,7 @@ def _fraction_or_count(amount: float) -> float:
         ValueError: it is neither.
     """
     if amount >= 1 and amount != int(amount):
-        raise ValueError(f"{amount} is neither a fraction below 1 nor a number of images")
+        raise ValueError(f"must be a fraction below 1 or a whole number of images, got {amount:g}")
     return amount
 
 
@@ -81,11 +82,11 @@ class FeatureOptions(Config):
 
     @property
     def features_description(self) -> str:
-        """Text of both options for reports, e.g. 'pool mean, layers -1'."""
+        """Return both options as text for reports, e.g. 'pool mean, layers -1'."""
         return f"pool {self.pool}, layers {' '.join(map(str, self.layers))}"
 
 
-def _percentiles_as_empty(value: Any) -> Any:
+def _percentiles_as_empty(value: object) -> object:
     """Return () for 'percentiles', alone or as the only item of a list, and any other value unchanged; pydantic calls it before validation."""
     return () if value in ("percentiles", ["percentiles"]) else value
 
@@ -116,7 +117,7 @@ class ReadOptions(Config):
 
     @property
     def read_options(self) -> "ReadOptions":
-        """These options alone, of a config that has others, too."""
+        """Return these options alone, of a config that has others, too."""
         return ReadOptions(**{name: getattr(self, name) for name in ReadOptions.model_fields})
 
     def override(self, other: "ReadOptions") -> "ReadOptions":
@@ -128,10 +129,8 @@ class ReadOptions(Config):
         counts = {"bands": len(self.bands or ()), "value_range": len(self.value_range or ()) // 2}
         for name, count in counts.items():
             if count not in (0, channels) and not (name == "value_range" and count == 1):
-                given = option(name, *getattr(self, name))
-                raise MapetError(
-                    f"{given} gives {count} channels, expected {channels}: give {option('channels', count)}", field=name
-                )
+                problem = f"{option(name, *getattr(self, name))} gives {count} channels, expected {channels}"
+                raise MapetError(f"{problem}: give {option('channels', count)}", field=name, value=getattr(self, name))
 
 
 AS_STORED = ReadOptions()
@@ -302,8 +301,8 @@ class TrainerOptions(Config):
         if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
             yield f"{option('warmup_epochs')} {self.warmup_epochs:g}: must be at most {option('epochs')}, which is {self.epochs:g}"
         if self.max_minutes is not None and self.schedule != "constant":
-            wrong = "corrects the number of steps, which a cosine depends on from the first step"
-            yield f"{option('max_minutes')} {wrong}: give {option('schedule', 'constant')}"
+            problem = "corrects the number of steps, which a cosine depends on from the first step"
+            yield f"{option('max_minutes')} {problem}: give {option('schedule', 'constant')}"
 
 
 class TrainerConfig(TrainerOptions, JobOptions):
@@ -332,32 +331,32 @@ TRUSTED_TEACHERS = "MAPET_TRUSTED_TEACHERS"
 
 
 @contextmanager
-def trust_teachers(given: Mapping[str, Any]) -> Iterator[None]:
+def trust_teachers(options: Options) -> Iterator[None]:
     """Let the custom teachers run that a command line or Python call names, until the context ends, also in processes that it starts.
 
     What a file names (a config, a run's folder, a tokenizer) is not among them: a file of others could name any code.
 
     Args:
-        given: option -> value, as the command line or the call gave them; sections are mappings or configs. The options `teacher` and
+        options: option -> value, as the command line or the call gave them; sections are mappings or configs. The options `teacher` and
             `trust_teacher` count.
     """
 
-    def named(options: Mapping[str, Any]) -> Iterator[str]:
+    def iter_names(section: Options) -> Iterator[str]:
         """Yield the values of these two options, at any depth."""
-        for name, value in options.items():
+        for name, value in section.items():
             if isinstance(value, (Mapping, Config)):
-                yield from named(dict(value))
+                yield from iter_names(dict(value))
             elif name in ("teacher", "trust_teacher"):
                 texts = value if isinstance(value, (list, tuple)) else [value]
                 yield from (text for text in texts if isinstance(text, str))
 
-    before = os.environ.get(TRUSTED_TEACHERS)
-    os.environ[TRUSTED_TEACHERS] = ",".join([before or "", *filter(is_custom_teacher, named(given))])
+    previous = os.environ.get(TRUSTED_TEACHERS)
+    os.environ[TRUSTED_TEACHERS] = ",".join([previous or "", *filter(is_custom_teacher, iter_names(options))])
     try:
         yield
     finally:
         os.environ.pop(TRUSTED_TEACHERS)
-        os.environ |= {} if before is None else {TRUSTED_TEACHERS: before}
+        os.environ |= {} if previous is None else {TRUSTED_TEACHERS: previous}
 
 
 def is_trusted_teacher(teacher: str) -> bool:

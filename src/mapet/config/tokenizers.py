@@ -224,8 +224,8 @@ class TrainTokenizerConfig(
         yield from super().problems()
         height, width = self.image_size
         if height != width or height % self.patch_size:
-            fix = f"change {option('image_size')} or {option('patch_size')}"
-            yield f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides; {fix}"
+            hint = f"change {option('image_size')} or {option('patch_size')}"
+            yield f"image size {height} x {width}: a VQ-KD tokenizer takes squares that the patch size {self.patch_size} divides; {hint}"
 
 
 class InspectTokenizerConfig(LimitOptions, shared.TrustTeacherOptions):

@@ -29,6 +29,8 @@ Targets = Int[Tensor, "B N"] | Float[Tensor, "B N F"]
 """Per-patch prediction target, row-major: token id or regression vector."""
 DropPathRand = Float[Tensor, "B num_branches"]
 """Uniform in [0, 1): one number for each residual branch, of which a block has two."""
+INFERENCE_BATCH_SIZE, INFERENCE_SIDE = 64, 384
+"""Images that a frozen network takes at a time, and the side of images, pixels, up to which it takes so many."""
 Positions = list[tuple[int, int]]
 """(view index, image index) of the images of a batch; in training the view index is the epoch."""
 
@@ -153,7 +155,7 @@ class ViewDataset:
 
     @property
     def _sizes(self) -> dict[str, tuple[int, int]]:
-        """(height, width) of the fields of `Batch` that hold pixels."""
+        """Return (height, width) of the fields of `Batch` that hold pixels."""
         sizes = {"images": self.image_size, "teacher_images": self.teacher_size}
         return {name: size for name, size in sizes.items() if size}
 
@@ -163,7 +165,7 @@ class ViewDataset:
         The generator is seeded by (seed, image id, view index). The order of the draws is fixed: runs must resume to the same weights.
 
         Args:
-            view_index: number of the view to draw; in training the epoch.
+            view_index: of the view to draw; in training the epoch.
             image_index: of the image in the list.
 
         Returns:
@@ -277,8 +279,8 @@ class EpochBatchSampler(Sampler[Positions]):
 
 
 def inference_batch_size(image_size: tuple[int, int]) -> int:
-    """Return how many images a frozen network takes at a time: 64, fewer if they have more than 384 x 384 pixels."""
-    return max(1, min(64, 64 * 384**2 // math.prod(image_size)))
+    """Return how many images a frozen network takes at a time, fewer if they have more than `INFERENCE_SIDE` squared pixels."""
+    return max(1, min(INFERENCE_BATCH_SIZE, INFERENCE_BATCH_SIZE * INFERENCE_SIDE**2 // math.prod(image_size)))
 
 
 def position_batches(indices: Iterable[int], batch_size: int, view_index: int = 0) -> list[Positions]:

@@ -81,7 +81,7 @@ class DatasetStats:
 
     @property
     def modes(self) -> Counter[str]:
-        """Number of images of each mode, e.g. 'JPEG RGB'."""
+        """Count the images of each mode, e.g. 'JPEG RGB'."""
         return Counter(info.mode for info in self.infos)
 
     def lines(self) -> Iterator[str]:
@@ -183,12 +183,12 @@ def few_images_warning(count: int) -> str:
 def masks_warning(images: ImageList) -> str:
     """Return a warning if names of the list are those of other images with an ending of `MASK_ENDING`, e.g. 0_mask.png beside 0.png, else ''."""
     stems = {os.path.splitext(name)[0] for name in images.ids}
-    found = [match for stem in stems if (match := MASK_ENDING.fullmatch(stem)) and match[1] in stems]
-    if not found:
+    masks = [match for stem in stems if (match := MASK_ENDING.fullmatch(stem)) and match[1] in stems]
+    if not masks:
         return ""
-    ending = found[0][2].decode()
-    fix = f"move them to a folder of their own, which {option('seg_masks')} of `mapet evaluate` takes"
-    return f"{len(found)} names end in {ending}, each beside an image of that name, and are taken for images: if they are masks, {fix}"
+    ending = masks[0][2].decode()
+    hint = f"move them to a folder of their own, which {option('seg_masks')} of `mapet evaluate` takes"
+    return f"{len(masks)} names end in {ending}, each beside an image of that name, and are taken for images: if they are masks, {hint}"
 
 
 def upscaling_warning(infos: list[ImageInfo], image_size: tuple[int, int], which: str = "") -> str:
@@ -245,7 +245,10 @@ def warn_from_sample(images: ImageList, channels: int, image_size: tuple[int, in
         log.warning("%s", note)
     if infos and all(info.gray for info in infos):
         log.warning(f"all %d images looked at are %s ({option('channels', 1)})", len(infos), ONE_CHANNEL)
-    for warning in (upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"), masks_warning(images)):
+    for warning in (
+        upscaling_warning(infos, image_size, f" of {len(infos)} images looked at"),
+        masks_warning(images),
+    ):
         if warning:
             log.warning("%s", warning)
 
@@ -265,19 +268,24 @@ def find_value_range(images: ImageList, channels: int) -> ImageList:
     for image in _sample_deep_images(images, channels, NUM_SAMPLED):
         values = image.stored_values().reshape(-1, image.stored_values().shape[2])
         samples.append(values[:: max(1, len(values) // NUM_VALUES)])
-    found = None
+    value_range = None
     if samples:
         points = np.nanpercentile(np.concatenate(samples), PERCENTILES, axis=0).T.astype(float)  # (bands, 2)
         points[:, 1] = np.maximum(points[:, 1], np.nextafter(points[:, 0], np.inf))  # of a band of one value
-        found = tuple(points.flatten().tolist())
-    text = " ".join(f"{value:g}" for value in found) if found else "none, as they have 8 bits"
+        value_range = tuple(points.flatten().tolist())
+    text = " ".join(f"{value:g}" for value in value_range) if value_range else "none, as they have 8 bits"
     log.info("range of values of %d images looked at: %s", len(samples), text)
-    return images.read_as(images.read_options.model_copy(update={"value_range": found}))
+    return images.read_as(images.read_options.model_copy(update={"value_range": value_range}))
 
 
 def warn_outside_range(images: ImageList, channels: int) -> None:
-    """Warn if, among `NUM_SHOWN` images, one has more than 1 % of its values outside the range that they are read with."""
-    worst: tuple[float, str] | None = None
+    """Warn if, among `NUM_SHOWN` images, one has more than 1 % of its values outside the range that they are read with.
+
+    Args:
+        images: the list; the sample are images at equal distances in it.
+        channels: to read the images with.
+    """
+    most_outside: tuple[float, str] | None = None
     count, sample = 0, list(_sample_deep_images(images, channels, NUM_SHOWN))
     for image in sample:
         values = image.stored_values()
@@ -285,14 +293,18 @@ def warn_outside_range(images: ImageList, channels: int) -> None:
         low, high = image.ranges.T
         outside = float(((values < low) | (values > high)).sum() / max(1, np.isfinite(values).sum()))
         count += outside > MAX_OUTSIDE
-        if outside > MAX_OUTSIDE and (worst is None or outside > worst[0]):
+        if outside > MAX_OUTSIDE and (most_outside is None or outside > most_outside[0]):
             points = np.nanpercentile(values, PERCENTILES)
-            worst = outside, f"up to {outside:.1%} of their values, which are of about {points[0]:g} to {points[1]:g}"
-    if worst:
-        given = " ".join(f"{value:g}" for value in images.read_options.value_range or ())
+            most_outside = (
+                outside,
+                f"up to {outside:.1%} of their values, which are of about {points[0]:g} to {points[1]:g}",
+            )
+    if most_outside:
+        value_range = " ".join(f"{value:g}" for value in images.read_options.value_range or ())
         log.warning(
-            "%d of %d images looked at have more than %.0f %% of their values outside the range %s that they are read with: %s",
-            count, len(sample), 100 * MAX_OUTSIDE, given, worst[1],
+            "%d of %d images looked at have more than %.0f %% of their values outside the range %s that they are read with: %s; give another "
+            f"{option('value_range')}",
+            count, len(sample), 100 * MAX_OUTSIDE, value_range, most_outside[1],
         )  # fmt: skip
 
 

@@ -94,6 +94,9 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
         split: name of a split; None: there must be one only. A range, train[:1000], is allowed except for saved folders.
         streaming: see `HFTable`.
 
+    Returns:
+        A `datasets.Dataset`, or `IterableDataset` if `streaming`.
+
     Raises:
         MapetError: a saved folder has no such split, or is to be streamed; there are several splits and none is chosen.
         Exception: of any kind: the library cannot load it, or knows no such split.
@@ -107,8 +110,8 @@ def _load_split(datasets: ModuleType, name: str, configuration: str | None, spli
         if isinstance(loaded, dict) and split in loaded:
             loaded = loaded[split]
         elif split is not None:
-            found = f"has {', '.join(loaded)}" if isinstance(loaded, dict) else "has one, without a name"
-            raise MapetError(f"there is no split {split!r}: {name} {found}; choose that or omit it")
+            splits = f"has {', '.join(loaded)}" if isinstance(loaded, dict) else "has one, without a name"
+            raise MapetError(f"there is no split {split!r}: {name} {splits}; choose that or omit it")
     elif path.is_file() and path.suffix in FORMATS:
         loaded = datasets.load_dataset(FORMATS[path.suffix], data_files=name, split=split, streaming=streaming)
     else:
@@ -207,6 +210,9 @@ class HFImageList(ImageList):
 
     def __init__(self, source: str) -> None:
         """Open a data set and list its rows, without reading the images' bytes.
+
+        Args:
+            source: see the class.
 
         Raises:
             MapetError: see `HFTable`; a row names a file that is not of the data set.

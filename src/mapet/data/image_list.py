@@ -201,7 +201,7 @@ class ImageList(Sequence[Path]):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over ids and file sizes, in order."""
+        """Return the sha256 over ids and file sizes, in order."""
         digest = hashlib.sha256()
         for part in (self.ids.ends.data, self.ids.block, np.ascontiguousarray(self.file_sizes).data):
             digest.update(part)
@@ -209,7 +209,7 @@ class ImageList(Sequence[Path]):
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 over the bytes of `NUM_HASHED` images, spread over the list; those that cannot be read count as empty."""
+        """Return the sha256 over the bytes of `NUM_HASHED` images, spread over the list; those that cannot be read count as empty."""
         digest = hashlib.sha256()
         for index in np.unique(np.linspace(0, len(self) - 1, NUM_HASHED).round().astype(int)).tolist():
             with suppress(ImageDecodeError):
@@ -224,12 +224,12 @@ class ImageList(Sequence[Path]):
 
     def subset(self, indices: Iterable[int]) -> Self:
         """Return a list of the images at these indices of this list, in their order; with labels, it has the same classes."""
-        chosen = np.fromiter(indices, np.int64)
+        positions = np.fromiter(indices, np.int64)
         part = copy.copy(self)
         part.__dict__.pop("hash", None)  # that of the whole list
-        part.ids = PackedStrings.from_strings(self.ids[index] for index in chosen)
-        part.file_sizes, part.rows = self.file_sizes[chosen], self.rows[chosen]
-        part.labels = self.labels and (self.labels[0], self.labels[1][chosen])
+        part.ids = PackedStrings.from_strings(self.ids[index] for index in positions)
+        part.file_sizes, part.rows = self.file_sizes[positions], self.rows[positions]
+        part.labels = self.labels and (self.labels[0], self.labels[1][positions])
         return part
 
     def classes(self) -> Labels | None:
@@ -245,8 +245,8 @@ class ImageList(Sequence[Path]):
         parts = sorted(os.fsdecode(name) for name in names)
         if len(names) > 1 and SPLITS.issuperset(name.lower() for name in parts):
             train = next((name for name in parts if name.lower().startswith("train")), parts[-1])
-            fix = f"give {option('images')} {self.root}/{train} {option('test_images')} {self.root}/{parts[0]}"
-            self.label_note = f"the folders {', '.join(parts)} are parts of a split, not classes: {fix}"
+            hint = f"give {option('images')} {self.root}/{train} {option('test_images')} {self.root}/{parts[0]}"
+            self.label_note = f"the folders {', '.join(parts)} are parts of a split, not classes: {hint}"
             return None
         if len(set(map(_compose, names))) < len(names):
             self.label_note = "folders whose names differ only in Unicode's form (NFC, NFD) are the same class"

@@ -25,7 +25,7 @@ from mapet.data.readers.image import REDUCTIONS, Box, ImageDecodeError, LazyImag
 from mapet.data.readers.open import open_image
 from mapet.data.readers.read_each import read_each
 from mapet.device import num_workers
-from mapet.errors import MapetError
+from mapet.errors import MapetError, describe_key_error
 
 IDS, LABELS, SHARD, SIZES = "ids.bin", "labels.npy", "images-{:05d}.bin", "nbytes-{:05d}.npy"
 STREAMED_ROWS = ".rows-{:05d}.json"
@@ -57,6 +57,9 @@ class PreparedDataset(ImageList):
     def __init__(self, folder: Path) -> None:
         """Open the finished data set in a folder: read everything but the images, and check that all parts have the same number of images.
 
+        Args:
+            folder: of `mapet prepare`.
+
         Raises:
             MapetError: the data set is damaged, unfinished, or there is none.
         """
@@ -64,8 +67,8 @@ class PreparedDataset(ImageList):
         try:
             num_done, total = int(self.manifest["num_done"]), int(self.manifest.get("num_images", -1))
             if num_done != total:  # the number of images of a stream is known at its end
-                found = f"{num_done} of {total if total >= 0 else 'all'} images"
-                raise MapetError(f"{folder} is unfinished ({found}): finish it with `mapet prepare ... --resume`")
+                progress = f"{num_done} of {total if total >= 0 else 'all'} images"
+                raise MapetError(f"{folder} is unfinished ({progress}): finish it with `mapet prepare ... --resume`")
             self._unreadable = {int(index): reason for index, reason in self.manifest["unreadable"].items()}
             shards = range(-(-total // SHARD_SIZE))
             sizes = [files.read_array(folder / SIZES.format(shard)) for shard in shards]
@@ -80,15 +83,18 @@ class PreparedDataset(ImageList):
             packed = sum((folder / SHARD.format(shard)).stat().st_size for shard in shards)
             self.read_options = ReadOptions(**{name: self.manifest.get(name) for name in ReadOptions.model_fields})
             if len(self.file_sizes) != total or len(self.ids) != total or packed != self.file_sizes.sum():
-                found = f"found {len(self.file_sizes)} images and {packed:,} bytes"
-                raise ValueError(f"expected {total} images and {self.file_sizes.sum():,} bytes in all, {found}")
+                raise ValueError(
+                    f"expected {total} images and {self.file_sizes.sum():,} bytes in all, found {len(self.file_sizes)} images and {packed:,} bytes"
+                )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MapetError(f"{folder}: damaged ({error}); make it again with `mapet prepare`") from None
+            raise MapetError(
+                f"{folder}: damaged ({describe_key_error(error)}): make it again with `mapet prepare`"
+            ) from None
         self._starts = np.concatenate([np.cumsum(part) - part for part in sizes])  # byte in its shard, by row
 
     @cached_property
     def _map_shard(self) -> Callable[[int], np.ndarray]:
-        """Function from the index of a shard to its bytes, mapped into memory; it keeps the last `MAX_OPEN_SHARDS`."""
+        """Return the function from the index of a shard to its bytes, mapped into memory; it keeps the last `MAX_OPEN_SHARDS`."""
         return lru_cache(MAX_OPEN_SHARDS)(lambda shard: np.memmap(self.folder / SHARD.format(shard), np.uint8, "r"))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,7 +191,7 @@ class PreparedDatasetWriter:
 
     @property
     def num_done(self) -> int:
-        """Number of images in complete shards."""
+        """Return the number of images in complete shards."""
         return self.manifest["num_done"]
 
     def describe(self, images: ImageList) -> None:
@@ -260,6 +266,9 @@ def write_prepared_dataset(
     Args:
         images: a list, or the rows of a data set that is not on this disk.
         config, unreadable, bar: see `PreparedDatasetWriter`, and for errors.
+
+    Returns:
+        The finished data set, opened.
     """
     if isinstance(images, HFStream):
         writer = PreparedDatasetWriter(config, {"streamed": images.source}, unreadable, bar)
@@ -309,8 +318,8 @@ def _write_stream(stream: HFStream, writer: PreparedDatasetWriter) -> None:
         done = writer.add_shard(islice(rows, SHARD_SIZE), encode)
         if not done:
             break
-        known = [[row.path, row.size, row.label] for row in done]
-        files.write_checksummed_json(Path(rows_file.format(shard)), {"rows": known})
+        shard_rows = [[row.path, row.size, row.label] for row in done]
+        files.write_checksummed_json(Path(rows_file.format(shard)), {"rows": shard_rows})
         writer.manifest["position"] = stream.rows.state_dict()  # of the next row; JSON can hold it
         writer.save()
     all_rows: list[tuple[str | None, int, int]] = []

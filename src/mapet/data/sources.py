@@ -66,16 +66,26 @@ def read_as_trained(images: ImageList, config: ReadOptions, trained: ReadOptions
             " ".join(f"{value:g}" for value in values) if values else "none"
             for values in (declared, trained.value_range)
         ]
-        found = (
+        problem = (
             f"{images.root} was prepared with the range of values {ranges[0]}, the model was trained with {ranges[1]}"
         )
-        fix = f"prepare the images with {option('value_range')} {ranges[1]}, or give that option here to use them as they are"
-        raise MapetError(f"{found}: {fix}", field="value_range", value=declared)
+        hint = f"prepare the images with {option('value_range')} {ranges[1]}, or give that option here to use them as they are"
+        raise MapetError(f"{problem}: {hint}", field="value_range", value=declared)
     return images
 
 
 def _list_source(source: str | Path) -> ImageList:
-    """List the images of a source; see `list_images`."""
+    """List the images of a source by its kind.
+
+    Args:
+        source: see `list_images`.
+
+    Returns:
+        The images, to be read as they are stored.
+
+    Raises:
+        MapetError: the source is missing or unreadable, or holds no image.
+    """
     text = os.fspath(source)
     if text.startswith(HF_PREFIX):
         return HFImageList(text)
@@ -136,6 +146,12 @@ def _scan_folder(root: Path) -> ImageFiles:
     Folders are visited in an order that does not depend on the file system (real folders before links to folders, each by
     name), so a folder that can be reached in several ways always gives the same ids.
 
+    Args:
+        root: the folder.
+
+    Returns:
+        The list; names that begin with a dot are not counted.
+
     Raises:
         MapetError: a folder may not be listed.
     """
@@ -187,6 +203,12 @@ def _read_list(file: Path) -> ImageFiles:
 
     The files are not opened, but each must exist: a path that is wrong would otherwise count as an unreadable image.
 
+    Args:
+        file: the text file.
+
+    Returns:
+        The list, whose ids are the lines.
+
     Raises:
         MapetError: it is no text file, names no image, or names one that does not exist.
     """
@@ -198,10 +220,10 @@ def _read_list(file: Path) -> ImageFiles:
         raise MapetError(f"{file} lists no images: write one path on each line")
     root = os.fsencode(file.parent)
     sizes = []
-    for number, path in enumerate(ids, 1):
+    for line, path in enumerate(ids, 1):
         try:
             sizes.append(os.stat(os.path.join(root, path)).st_size)
         except OSError as error:
-            hint = f"correct or remove entry {number} of {file} (paths are relative to its folder)"
+            hint = f"correct or remove entry {line} of {file} (paths are relative to its folder)"
             raise MapetError(f"cannot read {os.fsdecode(path)}: {error.strerror or error}: {hint}") from None
     return ImageFiles(file.parent, ids, sizes)

@@ -32,7 +32,7 @@ from mapet.config.limits import limits
 from mapet.config.shared import is_url
 from mapet.data.image_list import ImageList, PackedStrings, join_terminated, labels_from_texts
 from mapet.data.readers.open import EXTENSIONS
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, first_line, option
 from mapet.files import atomic_write
 
 log = logging.getLogger("mapet")
@@ -71,7 +71,7 @@ class ShardIndex(NamedTuple):
 
 
 class TarImageList(ImageList):
-    """Images of tar shards: members with an image's extension that are regular files and not hidden.
+    """Images of tar shards: members with an image's extension that are regular files, of whose path no part begins with a dot.
 
     The id of an image is its member's name, so it stays the same when shards are moved or cut differently, and is that of
     the file which was packed; `name@shard.tar` if several shards have a member of one name. Labels are the texts of `.cls`
@@ -129,6 +129,9 @@ class TarImageList(ImageList):
     def data(self, index: int) -> bytes:
         """Return the bytes of the image at `index` of this list: a range of its shard, requested up to `NUM_TRIES` times from a URL.
 
+        Args:
+            index: of the image.
+
         Raises:
             MapetError: the shard cannot be read, or is shorter now than its index says. (An ImageDecodeError would exclude the image for
                 good because of a network failure.)
@@ -142,13 +145,13 @@ class TarImageList(ImageList):
                 break
             except Exception as error:  # each file system has errors of its own
                 if attempt == NUM_TRIES or isinstance(error, FileNotFoundError) or not is_url(self.source):
-                    fix = "check the file and, of a URL, the connection, then run the command again"
-                    raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}; {fix}") from None
+                    hint = "check the file and, of a URL, the connection, then run the command again"
+                    raise MapetError(f"cannot read the shard {path}: {first_line(error)}; {hint}") from None
                 time.sleep(attempt)
         if len(data) != size:
-            found = f"{len(data):,} of the {size:,} bytes of image {self.id(index)!r}"
+            length = f"{len(data):,} of the {size:,} bytes of image {self.id(index)!r}"
             raise MapetError(
-                f"the shard {path} holds {found}: it has changed since its index was read; run the command again"
+                f"the shard {path} holds {length}: it has changed since its index was read; run the command again"
             )
         return data
 
@@ -189,18 +192,20 @@ def _expand_pattern(source: str) -> list[str]:
 def _check_is_tar(path: str, has_query: bool = False) -> str:
     """Return the path or, perhaps with a query, URL if it ends in .tar; raise MapetError otherwise."""
     if not (path.partition("?")[0] if has_query else path).endswith(".tar"):
-        fix = "compressed shards cannot be read image by image; decompress them first (`gunzip`, `zstd -d`)"
-        raise MapetError(f"{path}: expected a name ending in .tar; {fix}")
+        hint = "compressed shards cannot be read image by image; decompress them first (`gunzip`, `zstd -d`)"
+        raise MapetError(f"{path}: expected a name ending in .tar; {hint}")
     return path
 
 
 def _expand_braces(source: str) -> list[str]:
     """Return the texts that ranges in braces stand for: 'a{08..10}b' -> a08b, a09b, a10b; there may be several ranges."""
-    text, *rest = re.split(r"\{(\d+)\.\.(\d+)\}", source)  # rest: first, last and following text of each range in turn
+    text, *parts = re.split(
+        r"\{(\d+)\.\.(\d+)\}", source
+    )  # parts: first, last and following text of each range in turn
     choices = [[text]]
-    for first, last, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+    for first, last, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         width = len(first)  # '08' means two digits
-        choices += [[f"{number:0{width}d}" for number in range(int(first), int(last) + 1)], [text]]
+        choices += [[f"{value:0{width}d}" for value in range(int(first), int(last) + 1)], [text]]
     return list(map("".join, product(*choices)))
 
 
@@ -220,8 +225,8 @@ def _file_system(source: str, process_id: int) -> Any:
     try:
         return url_to_fs(source)[0]
     except (ImportError, ValueError) as error:  # "Install s3fs to access S3", "Protocol not known"
-        fix = "give a local path, or a URL whose protocol fsspec has an installed package for"
-        raise MapetError(f"cannot open the URL or path {source}: {error}; {fix}") from None
+        hint = "give a local path, or a URL whose protocol fsspec has an installed package for"
+        raise MapetError(f"cannot open the URL or path {source}: {first_line(error)}; {hint}") from None
 
 
 def _index_shard(source: str, path: str) -> ShardIndex:
@@ -251,8 +256,8 @@ def _index_shard(source: str, path: str) -> ShardIndex:
     except FileNotFoundError:
         raise MapetError(f"the shard {path} does not exist; check its name, or the range in {source}") from None
     except Exception as error:  # each file system has errors of its own
-        fix = "check its permissions and, of a URL, the connection"
-        raise MapetError(f"cannot read the shard {path}: {error or type(error).__name__}; {fix}") from None
+        hint = "check its permissions and, of a URL, the connection"
+        raise MapetError(f"cannot read the shard {path}: {first_line(error)}; {hint}") from None
     try:
         with atomic_write(cached) as temporary:
             save_file(shard._asdict(), temporary)
@@ -317,13 +322,13 @@ def read_headers(file: BinaryIO, path: str) -> ShardIndex:
         if end.strip(b"\0"):
             raise tarfile.ReadError(f"expected a header or zeros at byte {tar.offset:,}, found other data")
     except (tarfile.TarError, ValueError, RecursionError, EOFError) as error:
-        found = f"the shard {path} is damaged or no uncompressed tar file: {error}"
-        raise MapetError(f"{found}. Make or copy the shard again") from None
+        problem = f"the shard {path} is damaged or no uncompressed tar file: {first_line(error)}"
+        raise MapetError(f"{problem}. Make or copy the shard again") from None
     # offset and size of every image, as two contiguous arrays
     offsets, sizes = np.array([image[:2] for image in images.values()], np.int64).reshape(-1, 2).T.copy()
     names = np.frombuffer(join_terminated(images), np.uint8)
     texts = np.frombuffer(
-        join_terminated(labels.get(own, labels.get(key, b"")) for _, _, (own, key) in images.values()), np.uint8
+        join_terminated(labels.get(stem, labels.get(key, b"")) for _, _, (stem, key) in images.values()), np.uint8
     )
     return ShardIndex(names, offsets, sizes, texts, np.array([num_ignored]))
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from mapet import files
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec
-from mapet.errors import MapetError, option
+from mapet.errors import MapetError, describe_key_error, option
 
 KIND, FORMAT = "token store", 1
 SHARD_SIZE = 16_384
@@ -47,17 +47,17 @@ class TokenShard:
 
     @property
     def count(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return self.shape[0]
 
     @property
     def is_done(self) -> bool:
-        """Whether all rows are written."""
+        """Return whether all rows are written."""
         return self.num_done == self.count
 
     @cached_property
     def ids(self) -> Int[np.memmap, "n V N"]:
-        """The shard's token ids, mapped into memory; ValueError if the file holds something else."""
+        """Map the shard's token ids into memory; ValueError if the file holds something else."""
         ids = files.read_array(self.path, "r+" if self.writable else "r")
         if ids.shape != self.shape or ids.dtype != self.dtype:
             raise ValueError(
@@ -133,12 +133,12 @@ class TokenStore:
 
     @property
     def num_done(self) -> int:
-        """Number of rows that are written, of all shards."""
+        """Return the number of rows that are written, of all shards."""
         return sum(shard.num_done for shard in self.shards)
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Row -> reason, for the images that could not be read."""
+        """Return row -> reason, for the images that could not be read."""
         return {row: reason for shard in self.shards for row, reason in shard.unreadable.items()}
 
     @classmethod
@@ -177,6 +177,9 @@ class TokenStore:
             tokenizer_hash: of the tokenizer that it must have been made with; None: any tokenizer.
             writable: to write its missing rows; it need not be complete then.
 
+        Returns:
+            The store.
+
         Raises:
             MapetError: it is no token store, damaged, incomplete, or of other images or another tokenizer.
         """
@@ -190,22 +193,25 @@ class TokenStore:
                     if shard.sha256 not in (None, files.file_hash(shard.path)):
                         raise ValueError(f"{shard.path.name} has changed since it was made (its sha256 differs)")
         except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-            raise MapetError(f"{folder}: damaged token store ({error}); make it again with `mapet tokenize`") from None
+            reason = describe_key_error(error)
+            raise MapetError(f"{folder}: damaged token store ({reason}): make it again with `mapet tokenize`") from None
         if manifest["images_hash"] != images.hash:
+            count, expected, actual = manifest["num_images"], manifest["images_hash"], images.hash
             raise MapetError(
-                f"token store {folder} does not match {option('images')}: expected {manifest['num_images']} images (hash "
-                f"{manifest['images_hash'][:12]}), found {len(images)} (hash {images.hash[:12]}) in {images.root}. Restore what was "
-                "added, removed or changed, or run `mapet tokenize` into a new folder"
+                f"token store {folder} does not match {option('images')}: expected {count} images (hash {files.abbreviate_hash(expected)}), "
+                f"found {len(images)} (hash {files.abbreviate_hash(actual)}) in {images.root}. Restore what was added, removed or changed, or run "
+                "`mapet tokenize` into a new folder"
             )
         if tokenizer_hash is not None and tokenizer_hash != manifest["tokenizer_hash"]:
+            hashes = [files.abbreviate_hash(value) for value in (manifest["tokenizer_hash"], tokenizer_hash)]
             raise MapetError(
-                f"token store {folder} was made with another codebook: expected hash {manifest['tokenizer_hash'][:12]}, found "
-                f"{tokenizer_hash[:12]}. Run `mapet tokenize` into a new folder"
+                f"token store {folder} was made with another codebook: expected hash {hashes[0]}, found {hashes[1]}. Run `mapet tokenize` into a "
+                "new folder"
             )
         if store.num_done < len(store) and not writable:
-            found = f"unfinished ({store.num_done} of {len(store)} images)"
+            progress = f"unfinished ({store.num_done} of {len(store)} images)"
             hint = f"run the same `mapet tokenize ... {option('resume', True)}` to finish it"
-            raise MapetError(f"the token store {folder} is {found}: {hint}")
+            raise MapetError(f"the token store {folder} is {progress}: {hint}")
         return store
 
     def read(self, row: int, view: int) -> Int[np.ndarray, " N"]:

@@ -79,6 +79,7 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int
     by at most half a pixel of the student's input.
 
     Args:
+        spec: which views are drawn.
         size: height and width of the upright image, pixels.
         key: of the image (`ImageList.key`).
         view_index: which view of the image.
@@ -98,8 +99,8 @@ def sample_view(spec: ViewSpec, size: tuple[int, int], key: int, view_index: int
     unit = next((r for r in REDUCTIONS if r <= max_reduction), 1)
     height, width = box.height // unit * unit, box.width // unit * unit
     top, left = (
-        min(round((start + (side - rounded) / 2) / unit), (whole - rounded) // unit) * unit
-        for start, side, rounded, whole in zip(box, box[2:], (height, width), size, strict=False)
+        min(round((start + (side - rounded) / 2) / unit), (length - rounded) // unit) * unit
+        for start, side, rounded, length in zip(box, box[2:], (height, width), size, strict=False)
     )
     return View(top, left, height, width, flip)
 
@@ -272,6 +273,7 @@ def sample_blocks(grid: tuple[int, int], num_masked: int, rng: np.random.Generat
     Args:
         grid: rows and columns of patches.
         num_masked: number of patches to mask, 0 to N.
+        rng: generator of the draws.
 
     Returns:
         Row-major indices of the patches that each block masks and no block before it; `num_masked` in all. They are fewer only after
@@ -290,11 +292,11 @@ def sample_blocks(grid: tuple[int, int], num_masked: int, rng: np.random.Generat
         if height >= rows or width >= columns:
             continue
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-        inside = slice(top, top + height), slice(left, left + width)
-        new = patches[inside][free[inside]]
+        window = slice(top, top + height), slice(left, left + width)
+        new = patches[window][free[window]]
         if 0 < len(new) <= missing:
             blocks.append(new)
-            free[inside] = False
+            free[window] = False
             missing -= len(new)
     return blocks
 

@@ -16,7 +16,7 @@ MAX_TEMPERATURE = 20.0
 
 
 class Calibration(NamedTuple):
-    """How the probabilities of a classifier were calibrated.
+    """Temperature of a classifier's probabilities, and how much it improves them.
 
     Attributes:
         temperature: T; calibrated probabilities are softmax(logits / T).
@@ -48,6 +48,7 @@ def fit_temperature(logits: Float[Tensor, "n K"], labels: Int[Tensor, " n"]) -> 
     logits = logits.double()
 
     def loss(log_temperature: float, smoothing: float = 1 / (len(labels) + 2)) -> float:
+        """Return the mean negative log-likelihood of the labels, nats."""
         return float(F.cross_entropy(logits / math.exp(log_temperature), labels, label_smoothing=smoothing))
 
     limit = math.log(MAX_TEMPERATURE)

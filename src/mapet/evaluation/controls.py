@@ -69,6 +69,7 @@ class RawPixels(Control):
     """All pixels of the image, shrunk to at most `MAX_RAW_SIDE` a side, as the channels of a map of one cell: pooling changes nothing."""
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D 1 1"]:
+        """Return the pixels of the shrunk images as channels."""
         return shrink(images, MAX_RAW_SIDE).flatten(1)[:, :, None, None]
 
 
@@ -116,8 +117,8 @@ class KMeansPatches(Control):
         mean, whitening = fit_zca(points)
         self.register_buffer("mean", mean)
         self.register_buffer("whitening", whitening)
-        fitted = KMeans(min(NUM_CENTROIDS, len(points))).fit((points - self.mean) @ self.whitening)
-        self.register_buffer("centroids", fitted.centroids.to(points))
+        clusters = KMeans(min(NUM_CENTROIDS, len(points))).fit((points - self.mean) @ self.whitening)
+        self.register_buffer("centroids", clusters.centroids.to(points))
 
     def normalized_patches(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w F"]:
         """Return the patches of each image, at stride 1, each minus its mean and divided by its standard deviation.
@@ -148,6 +149,7 @@ class TeacherFeatures(Control):
         self.teacher = teacher
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
+        """Compute the teacher's features of pixels in [0, 1] at its input size."""
         return self.teacher(_to_uint8(images))
 
 
@@ -159,6 +161,7 @@ class TokenBag(Control):
         self.tokenizer = tokenizer
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B V rows columns"]:
+        """Return the one-hot token ids of pixels in [0, 1] at the teacher's input size."""
         ids = self.tokenizer(_to_uint8(images))[:, None]
         return images.new_zeros(len(ids), self.tokenizer.vocab_size, *ids.shape[2:]).scatter_(1, ids, 1.0)
 
@@ -183,6 +186,32 @@ Loader = Callable[[], BackboneWrapper]
 """Function that makes or loads a model; it is called when the model is evaluated, so that one is in memory at a time."""
 IMAGE_CONTROLS = {"kmeans": "k-means patch features", "hog": "HOG features", "pixels": "raw pixels"}
 """Controls of the images alone, the best ones first: value of the option `controls` -> name in tables."""
+
+
+def _requested_controls(config: EvaluateConfig, protocols: Collection[str]) -> set[str]:
+    """Return the values of the option `controls` that some protocol evaluates; 'auto' stands for all.
+
+    Args:
+        config: options of `evaluate`.
+        protocols: names of the protocols that are run.
+
+    Raises:
+        MapetError: controls are named, but no protocol for them is run.
+    """
+    is_auto = config.controls == ("auto",)
+    names = (*IMAGE_CONTROLS, "untrained", "teacher", "tokens") if is_auto else config.controls
+    requested = {str(name) for name in names} - {"none"}
+    if {*protocols} & {*CONTROL_PROTOCOLS}:
+        return requested
+    possible = requested & {"untrained"} if "attentive" in protocols else set[str]()
+    if requested != possible and not is_auto:
+        evaluating = f"{', '.join(CONTROL_PROTOCOLS)} or, of untrained alone, attentive"
+        problem = (
+            f"{option('controls', *config.controls)} need one of the protocols {evaluating}, and none of them is run"
+        )
+        hint = f"add one to {option('protocols')} and give labeled images, or omit {option('controls')}"
+        raise MapetError(f"{problem}: {hint}", field="controls", value=config.controls)
+    return possible
 
 
 def plan_controls(
@@ -212,54 +241,52 @@ def plan_controls(
             'tokens' is named, but a tokenizer cannot be loaded, or no backbone belongs to a run with one.
     """
     is_auto = config.controls == ("auto",)
-    asked = {*IMAGE_CONTROLS, "untrained", "teacher", "tokens"} if is_auto else {*config.controls} - {"none"}
-    if not {*protocols} & {*CONTROL_PROTOCOLS}:
-        possible = asked & {"untrained"} if "attentive" in protocols else set()
-        if asked != possible and not is_auto:
-            wrong = f"{option('controls', *config.controls)} are evaluated by {', '.join(CONTROL_PROTOCOLS)} (untrained also by attentive) alone"
-            fix = f"add one to {option('protocols')} and give labeled images, or omit {option('controls')}"
-            raise MapetError(f"{wrong}, and none of them is run: {fix}", field="controls", value=config.controls)
-        asked = possible
+    requested = _requested_controls(config, protocols)
     loaders: dict[str, Loader] = {}
-    seen: set[object] = set()  # architectures (tuples) and hashes of tokenizers (text) of the backbones so far
+    with_control: set[object] = set()  # architectures (tuples) and hashes of tokenizers (text) that have their controls
     for backbone in backbones:
         resolve_layers(backbone.model, config.layers)  # raises where there is no such layer
         compute, size = replace(backbone.compute, dtype=torch.float32), backbone.image_size
         for name, title in IMAGE_CONTROLS.items():
-            if name in asked and (name != "kmeans" or min(size) >= SMALL_PATCH_SIZE):
+            if name in requested and (name != "kmeans" or min(size) >= SMALL_PATCH_SIZE):
                 loaders.setdefault(title, partial(_image_control, name, compute, size, backbone.channels, train))
         shapes = tuple(tensor.shape for tensor in backbone.model.state_dict().values())
         architecture = type(backbone.model), size, shapes
         untrained = f"{RANDOM_PREFIX}{backbone.name}"
         is_random = backbone.name.startswith(RANDOM_PREFIX)
-        if "untrained" in asked and not is_random and architecture not in seen and untrained not in config.backbone:
+        if (
+            "untrained" in requested
+            and not is_random
+            and architecture not in with_control
+            and untrained not in config.backbone
+        ):
             loaders[untrained] = partial(BackboneWrapper.load, untrained, backbone.compute, config.seed)
-        seen.add(architecture)
-        if not asked & {"teacher", "tokens"}:
+        with_control.add(architecture)
+        if not requested & {"teacher", "tokens"}:
             continue
         # Loaded here to see whether it can be, and again when its control is evaluated: large teachers would fill the memory until then.
         tokenizer = _load_tokenizer(backbone.name, is_auto)
-        if tokenizer is None or tokenizer.hash in seen:
+        if tokenizer is None or tokenizer.hash in with_control:
             continue
-        seen.add(tokenizer.hash)
+        with_control.add(tokenizer.hash)
         for name in ("teacher", "tokens"):
-            if name in asked:
+            if name in requested:
                 title = f"{name} of {backbone.name}"
                 loaders[title] = partial(_tokenizer_control, name, title, backbone.name, compute)
-    if not is_auto and asked & {"teacher", "tokens"} and not any(isinstance(item, str) for item in seen):
-        wrong = f"{option('controls', *config.controls)}: none of {option('backbone', *config.backbone)} is a run with a tokenizer"
-        raise MapetError(f"{wrong}: add one, or omit teacher and tokens", field="controls", value=config.controls)
+    if not is_auto and requested & {"teacher", "tokens"} and not any(isinstance(item, str) for item in with_control):
+        problem = f"{option('controls', *config.controls)}: none of {option('backbone', *config.backbone)} is a run with a tokenizer"
+        raise MapetError(f"{problem}: add one, or omit teacher and tokens", field="controls", value=config.controls)
     return loaders
 
 
-def options_for(model: nn.Module, config: EvaluateConfig) -> EvaluateConfig:
+def adapt_options(model: nn.Module, config: EvaluateConfig) -> EvaluateConfig:
     """Return the options of `evaluate` for a model: a `Control` has one layer and no class token, so that `pool` 'cls' becomes 'mean'."""
     if not isinstance(model, Control):
         return config
     return config.model_copy(update={"layers": (-1,), "pool": "mean" if config.pool == "cls" else config.pool})
 
 
-def protocols_for(model: nn.Module, names: Iterable[str]) -> list[str]:
+def select_protocols(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return those of the protocols by which a control is evaluated: `CONTROL_PROTOCOLS`, and 'attentive' if it is a network."""
     allowed = {*CONTROL_PROTOCOLS, *([] if isinstance(model, Control) else ["attentive"])}
     return [name for name in names if name in allowed]
@@ -381,7 +408,7 @@ class Verdict(NamedTuple):
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the whole interval is above 0."""
+        """Return whether the whole interval is above 0."""
         return self.ci_low > 0
 
     def __str__(self) -> str:
@@ -404,7 +431,9 @@ def is_control(name: str, config: EvaluateConfig) -> bool:
 
 def mark_controls(results: Results, config: EvaluateConfig) -> Results:
     """Return the results with ' (control)' after the names of controls, for tables."""
-    return {f"{name} (control)" if is_control(name, config) else name: own for name, own in results.items()}
+    return {
+        f"{name} (control)" if is_control(name, config) else name: by_protocol for name, by_protocol in results.items()
+    }
 
 
 def compare_with_each(results: Results, config: EvaluateConfig) -> list[Verdict]:
@@ -419,13 +448,14 @@ def compare_with_each(results: Results, config: EvaluateConfig) -> list[Verdict]
         A verdict, whose `control` is the other one, for each pair and accuracy that both have; backbones of random weights are only others.
     """
     all_correct = {
-        name: {k: v for each in own.values() for k, v in each.correct.items()} for name, own in results.items()
+        name: {row: correct for result in by_protocol.values() for row, correct in result.correct.items()}
+        for name, by_protocol in results.items()
     }
     verdicts = []
-    for backbone, row in [(name, row) for name, own in all_correct.items() for row in own if row in VERDICT_ROWS]:
+    for backbone, row in [(name, row) for name, by_row in all_correct.items() for row in by_row if row in VERDICT_ROWS]:
         if is_control(backbone, config):
             continue
-        correct = {name: own[row][0].double().numpy() for name, own in all_correct.items() if row in own}
+        correct = {name: by_row[row][0].double().numpy() for name, by_row in all_correct.items() if row in by_row}
         labels = all_correct[backbone][row][1].numpy()
         balanced = is_imbalanced(labels)
         score = partial(balanced_accuracy, labels=labels, weights=np.ones(len(labels))) if balanced else np.mean

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,7 +124,7 @@ class SegmentationSet(ImageSet):
         masks: path of the PNG mask of each image.
         class_of: for each image, value in its mask -> class index; pixels of other values have no class.
         panoptic: masks hold segment ids, as COCO's panoptic ones do, not class ids.
-        as_stored: masks whose size does not tell were drawn on images as they are stored, before EXIF rotation.
+        as_stored: masks whose size fits the stored and the upright image were drawn on images as they are stored, before EXIF rotation.
     """
 
     PER_IMAGE = ("masks", "class_of")
@@ -173,14 +173,14 @@ class DetectionSet(ImageSet):
 
 
 @dataclass
-class DrawnOn:
+class AnnotationOrientation:
     """Finds out whether annotations of a set were drawn on the images as they are stored, or upright, as EXIF turns them.
 
-    A size that fits only one of the two tells; half turns, mirrorings and squares follow those of the set that tell.
+    A size that fits only one of the two decides; half turns, mirrorings and squares follow the majority of those that are decided.
 
     Attributes:
         num_stored, num_upright: annotations whose size fits images as stored, or upright, alone.
-        num_unknown: annotations of turned images whose size does not tell.
+        num_unknown: annotations of turned images whose size fits both.
     """
 
     num_stored: int = 0
@@ -201,13 +201,18 @@ class DrawnOn:
         self.num_unknown += is_stored is None and image.turn != Orientation()
 
     def as_stored(self, source: object) -> bool:
-        """Return whether annotations whose size does not tell were drawn on the images as stored; warn if nothing tells."""
+        """Return whether annotations whose size fits both were drawn on the images as stored; warn if no size decides."""
         if self.num_unknown and not (self.num_stored or self.num_upright):
-            text = "%s: the sizes of %d annotations of images that EXIF turns do not tell whether they are turned, too: they are left as they are"
+            text = (
+                "%s: the sizes of %d annotations of images that EXIF turns do not show whether they are turned, too: they are taken as upright; "
+                "if they are not, turn the images' pixels and remove their EXIF orientation"
+            )
             log.warning(text, source, self.num_unknown)
         return self.num_stored > self.num_upright
 
 
+NUM_CLASSES_SHOWN = 5
+"""Classes that a message names."""
 AnyImageSet = TypeVar("AnyImageSet", bound=ImageSet)
 
 
@@ -270,8 +275,8 @@ def split_train_test(data: AnyImageSet, group_by: GroupBy | None = None) -> tupl
     held_out = heldout_mask(data, group_by)
     of = "image" if group_by is None else "group"
     if not held_out.any():
-        root, fix = data.images.root, f"add images or give {option('test_images')}"
-        raise MapetError(f"{root}: no class has a second {of} of other content, so no test set can be held out: {fix}")
+        root, hint = data.images.root, f"add images or give {option('test_images')}"
+        raise MapetError(f"{root}: no class has a second {of} of other content, so no test set can be held out: {hint}")
     if isinstance(data, LabeledSet):
         untested = np.setdiff1d(data.labels, data.labels[held_out])
         if len(untested):
@@ -319,9 +324,9 @@ def _pair_or_split(
         return split_train_test(sets[0], group_by)
     train, test = sets
     if train.classes != test.classes:
-        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        wrong = f"{sources[0]} and {sources[1]} have different classes: only one of them has {odd}"
-        raise MapetError(f"{wrong}; add these classes to the other, or remove them")
+        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:NUM_CLASSES_SHOWN])
+        problem = f"{sources[0]} and {sources[1]} have different classes: only one of them has {odd}"
+        raise MapetError(f"{problem}; add these classes to the other, or remove them")
     return _drop_tested(train, test, group_by), test
 
 
@@ -364,16 +369,16 @@ def few_shot_split(data: LabeledSet, amount: float, seed: int) -> Int[np.ndarray
     """
     digests = [hashlib.blake2b(b"%d:" % seed + image_id, digest_size=8).digest() for image_id in data.images.ids]
     hashes = np.frombuffer(b"".join(digests), "<u8")
-    chosen = []
+    selected = []
     for name, members in zip(data.classes, _by_class(data.labels, len(data.classes), hashes), strict=True):
         count = max(1, round(amount * len(members))) if amount < 1 else int(amount)
         if count > len(members):
-            found = f"class '{name}' has {pluralize(len(members), 'training image')}"
+            problem = f"class '{name}' has {pluralize(len(members), 'training image')}"
             raise MapetError(
-                f"{found}, fewer than the {count:,} asked for: add images to {data.images.root}, or ask for fewer"
+                f"{problem}, expected {count:,} or more: add images to {data.images.root}, or ask for fewer"
             )
-        chosen.append(members[:count])
-    return np.sort(np.concatenate(chosen))
+        selected.append(members[:count])
+    return np.sort(np.concatenate(selected))
 
 
 # ---- boxes
@@ -395,7 +400,7 @@ def _read_coco(path: Path, kind: str) -> Iterator[Any]:
         raise MapetError(f"{path} is not a file of {kind} ({error!r}): give a file in COCO's layout") from None
 
 
-def _read_categories(record: Any) -> tuple[list[str], dict[int, int]]:
+def _read_categories(record: Mapping[str, Any]) -> tuple[list[str], dict[int, int]]:
     """Read the list `categories` of a parsed COCO file.
 
     Returns:
@@ -467,6 +472,9 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
         annotations: the JSON file.
         images: folder of the images.
 
+    Returns:
+        The images with their boxes, turned upright where `AnnotationOrientation` says so.
+
     Raises:
         MapetError: the file has another layout, lists no image, or lists a missing one.
     """
@@ -476,11 +484,11 @@ def read_instances(annotations: Path, images: Path) -> DetectionSet:
         # row_of: COCO image id -> index of the image. class_of: COCO category id -> class index.
         row_of = {image["id"]: row for row, image in enumerate(listed)}
         images_listed = _list_named_images(images, [image["file_name"] for image in listed], annotations)
-        drawn = DrawnOn()
+        orientation = AnnotationOrientation()
         for row, image in enumerate(listed):
             if "width" in image:
-                drawn.add(images_listed.file(row), (image["height"], image["width"]))
-        as_stored = drawn.as_stored(annotations)
+                orientation.add(images_listed.file(row), (image["height"], image["width"]))
+        as_stored = orientation.as_stored(annotations)
         boxes: list[list[list[float]]] = [[] for _ in listed]
         labels: list[list[int]] = [[] for _ in listed]
         image_labels = np.zeros((len(listed), len(classes)), np.int64)
@@ -520,8 +528,9 @@ def read_mask(path: Path, panoptic: bool = False) -> Int[np.ndarray, "H W"]:
             if panoptic:
                 return np.asarray(image.convert("RGB")).astype(np.int64) @ np.array([1, 256, 256 * 256])
             if image.mode not in MASK_MODES:
-                found = f"its pixels are {image.mode}"
-                raise MapetError(f"{path}: expected a mask of class ids, a gray or palette PNG; {found}: convert it")
+                raise MapetError(
+                    f"{path}: expected a mask of class ids, a gray or palette PNG, found {image.mode} pixels: convert it"
+                )
             return np.asarray(image).astype(np.int64)
     except OSError as error:
         reason = error.strerror or error
@@ -565,8 +574,8 @@ def load_segmentation_sets(
     ade20k = [images / folder for folder in ADE20K]
     if masks is None and all(folder.is_dir() for folder in ade20k):
         if test_images is not None or test_masks is not None:
-            own = f"{images} has the layout of ADE20K, whose validation images are the test images"
-            raise MapetError(f"{own}: omit {option('test_images')} and {option('test_seg_masks')}")
+            problem = f"{images} has the layout of ADE20K, whose validation images are the test images"
+            raise MapetError(f"{problem}: omit {option('test_images')} and {option('test_seg_masks')}")
         images, masks, test_images, test_masks = ade20k
         ignored.add(0)
     if masks is None and (images / "images").is_dir() and (images / "masks").is_dir():
@@ -574,8 +583,8 @@ def load_segmentation_sets(
     if masks is None:
         return None
     if test_images is not None and test_masks is None:
-        fix = f"give {option('test_seg_masks')}"
-        raise MapetError(f"{images} has masks, but {option('test_images')} {test_images} has none: {fix}")
+        hint = f"give {option('test_seg_masks')}"
+        raise MapetError(f"{images} has masks, but {option('test_images')} {test_images} has none: {hint}")
     pairs = [(images, masks)]
     if test_masks is not None:
         pairs.append((test_images or images, test_masks))
@@ -607,16 +616,16 @@ def _read_masks(pairs: list[tuple[Path, Path]], ignored: set[int]) -> list[Segme
             raise MapetError(f"no image in {images} has a mask in {masks}: for the first expected {paths[0]}")
         matched.append((listed.subset(rows), [paths[index] for index in rows]))
     every = [(listed, index, path) for listed, paths in matched for index, path in enumerate(paths)]
-    drawn = DrawnOn()
+    orientation = AnnotationOrientation()
     for listed, index, path in tqdm(every, desc="masks", disable=None, leave=False):
         mask = read_mask(path)
-        drawn.add(listed.file(index), mask.shape)
+        orientation.add(listed.file(index), mask.shape)
         values |= set(np.unique(mask).tolist())
-    as_stored = drawn.as_stored(pairs[0][1])
+    as_stored = orientation.as_stored(pairs[0][1])
     ids = sorted(values - ignored)
     if len(ids) < 2:
-        found = f"{pluralize(len(ids), 'value')} beside the ignored {sorted(ignored)}"
-        raise MapetError(f"the masks in {pairs[0][1]} hold {found}: give masks of two or more class ids")
+        values_found = f"{pluralize(len(ids), 'class id')} beside the ignored {', '.join(map(str, sorted(ignored)))}"
+        raise MapetError(f"the masks in {pairs[0][1]} hold {values_found}: give masks of two or more class ids")
     class_of = {value: index for index, value in enumerate(ids)}
     return [
         SegmentationSet(listed, list(map(str, ids)), paths, [class_of] * len(paths), as_stored=as_stored)
@@ -638,12 +647,12 @@ def _read_panoptic(images: Path, annotations: Path) -> SegmentationSet:
         classes, class_of = _read_categories(record)
         image_names = {image["id"]: image["file_name"] for image in record["images"]}
         entries = record["annotations"]
-        rows = sorted((image_names[one["image_id"]], one["file_name"], one["segments_info"]) for one in entries)
+        rows = sorted((image_names[entry["image_id"]], entry["file_name"], entry["segments_info"]) for entry in entries)
         class_of_segment = [{part["id"]: class_of[part["category_id"]] for part in parts} for _, _, parts in rows]
         folder = annotations.with_suffix("")
         masks = [folder / mask for _, mask, _ in rows]
         if masks and not masks[0].is_file():
-            found = f"lists the mask {masks[0].name}, which is not in {folder}"
-            raise MapetError(f"{annotations} {found}: put the masks of all images there")
+            problem = f"{annotations} lists the mask {masks[0].name}, which is not in {folder}"
+            raise MapetError(f"{problem}: put the masks of all images there")
         listed = _list_named_images(images, [name for name, _, _ in rows], annotations)
         return SegmentationSet(listed, classes, masks, class_of_segment, panoptic=True)

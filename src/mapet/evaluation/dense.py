@@ -25,7 +25,7 @@ from mapet.errors import MapetError, install_hint
 from mapet.evaluation.datasets import IGNORE_INDEX, AnyImageSet, DetectionSet, SegmentationSet
 from mapet.evaluation.eval_context import EvalContext, MetricValue, ProtocolResult, bootstrap_ci, protocol
 from mapet.evaluation.features import BackboneWrapper
-from mapet.evaluation.probes import minimize
+from mapet.evaluation.probes import SEED_STRIDE, minimize
 
 WIDTH = 128
 """Channels of the segmentation decoder and of the detector's pyramid."""
@@ -35,6 +35,12 @@ DETECTOR_LR, DETECTOR_WEIGHT_DECAY = 5e-4, 0.05
 """AdamW options of the detector."""
 BOX_BATCH_SIZE_PER_IMAGE = 128
 """Proposals per image that a training step uses: a quarter of torchvision's, for a short training."""
+ANCHOR_CELLS, ASPECT_RATIOS, ROI_SIZE = 8, (0.5, 1.0, 2.0), 7
+"""Side of an anchor in cells of its map and its aspect ratios, as in FPN; rows and columns that a proposal's features are pooled to."""
+PYRAMID_CELLS = (0.25, 0.5, 1, 2)
+"""Side of a cell of each map of the pyramid, in patches."""
+WARMUP_FRACTION = 0.05
+"""Fraction of the detector's steps in which its learning rate rises."""
 COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 """The first of COCO's metrics, in its order."""
 Item = TypeVar("Item")
@@ -113,7 +119,9 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         batches = filter(None, loader)  # without empty batches
         first = next(batches, None)
         if first is None:
-            raise MapetError(f"no annotated image in {self.data.images.root} is readable: `mapet check` lists reasons")
+            raise MapetError(
+                f"no annotated image in {self.data.images.root} is readable: `mapet check` lists why; replace the images"
+            )
         yield first
         yield from batches
 
@@ -138,8 +146,7 @@ class AnnotatedImages(Generic[AnyImageSet, Item]):
         def losses() -> Iterator[Tensor]:
             """Yield the finite losses, lazily: each is computed after the optimizer step of the one before."""
             for epoch in range(self.options.dense_epochs):
-                # Epochs of different seeds have different orders, up to 100,003 epochs.
-                seed = self.options.seed * 100_003 + epoch
+                seed = self.options.seed * SEED_STRIDE + epoch
                 torch.manual_seed(seed)  # torchvision's detector samples anchors and boxes with the global generator
                 yield from filter(torch.isfinite, map(compute_loss, self.batches(seed)))
 
@@ -168,8 +175,8 @@ class SegmentationImages(AnnotatedImages[SegmentationSet, Scene]):
             MapetError: the mask is unreadable.
         """
         image = self.data.images.open(index, self.channels)
-        whole = View(0, 0, *image.size, flip=False)
-        return render_view(image, whole, self.size), torch.from_numpy(self.data.class_map(index))
+        view = View(0, 0, *image.size, flip=False)
+        return render_view(image, view, self.size), torch.from_numpy(self.data.class_map(index))
 
 
 def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
@@ -187,9 +194,11 @@ def make_heads(width: int, num_classes: int) -> nn.ModuleDict:
     """
 
     def project(channels: int) -> list[nn.Module]:
+        """Return the standardization and a linear map to `channels`."""
         return [nn.BatchNorm2d(width, affine=False), nn.Conv2d(width, channels, 1)]
 
     def upsample() -> list[nn.Module]:
+        """Return layers that double the resolution."""
         convolution = Conv2dNormActivation(WIDTH, WIDTH, 3, activation_layer=nn.GELU, inplace=None)
         return [nn.Upsample(scale_factor=2, mode="bilinear"), convolution]
 
@@ -203,6 +212,9 @@ def segmentation(context: EvalContext) -> ProtocolResult:
     """Measure semantic segmentation by a linear head and a convolutional decoder, both trained on the frozen last layer's feature map.
 
     Unreadable images are skipped. The input is square with the largest side in the option `eval_image_sizes`, else the backbone's own.
+
+    Args:
+        context: the backbone, images with masks and the options of `evaluate`.
 
     Returns:
         Metrics 'segmentation_HEAD_miou' and 'segmentation_HEAD_pixel_accuracy' for the heads 'linear' and 'decoder', 0 to 1, at the
@@ -344,9 +356,11 @@ class SimpleFeaturePyramid(nn.Module):
         self.out_channels, width = WIDTH, backbone.map_shape[0]
 
         def upsample(depth: int) -> nn.Module:
+            """Return a layer that doubles the resolution, from `depth` channels."""
             return nn.ConvTranspose2d(depth, WIDTH, 2, stride=2)
 
         def smooth() -> nn.Module:
+            """Return a normalized 3 x 3 convolution."""
             return nn.Sequential(nn.GroupNorm(1, WIDTH), nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.GroupNorm(1, WIDTH))
 
         # Of 4, 2, 1 and 1/2 times the backbone's resolution, WIDTH channels each.
@@ -373,27 +387,32 @@ def make_detector(backbone: BackboneWrapper, num_classes: int, trained: bool) ->
     """Build torchvision's Faster R-CNN on the `SimpleFeaturePyramid` of a backbone, on the backbone's device.
 
     The detector normalizes images and stretches them to the backbone's input size itself. The anchors of each map have a side of 8
-    of its cells, as in FPN, and aspect ratios 0.5, 1 and 2. Initial weights are always the same: torchvision draws them from torch's
-    global random generators, whose seed is set to 0 here.
+    of its cells, as in FPN, and aspect ratios 0.5, 1 and 2. Initial weights are always the same; torch's global random generators are left
+    as they are.
 
     Args:
         backbone: gives the feature maps; `requires_grad` of its weights is set to `trained`.
         num_classes: classes of the data; the detector's label 0 is the background, its label i + 1 the data's class i.
         trained: whether the backbone is trained, too.
+
+    Returns:
+        The detector, in training mode.
     """
     height, width = backbone.image_size
     patch_height = height / backbone.map_shape[1]
-    torch.manual_seed(0)
     # Sides of the anchors of each map, pixels; a map's cell is `scale` patches high.
-    sizes = tuple((max(1, round(8 * patch_height * scale)),) for scale in (0.25, 0.5, 1, 2))
-    return FasterRCNN(
-        SimpleFeaturePyramid(backbone, trained), num_classes + 1,
-        image_mean=list(backbone.mean), image_std=list(backbone.std),
-        min_size=min(height, width), max_size=max(height, width), fixed_size=(width, height), size_divisible=1,
-        rpn_anchor_generator=anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-        box_batch_size_per_image=BOX_BATCH_SIZE_PER_IMAGE,
-        box_roi_pool=MultiScaleRoIAlign([str(index) for index in range(len(sizes))], output_size=7, sampling_ratio=2),
-    ).to(backbone.compute.device)  # fmt: skip
+    sizes = tuple((max(1, round(ANCHOR_CELLS * patch_height * scale)),) for scale in PYRAMID_CELLS)
+    pool = MultiScaleRoIAlign([str(index) for index in range(len(sizes))], ROI_SIZE, sampling_ratio=2)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws the weights, on the CPU, by the global generator
+        torch.default_generator.manual_seed(0)
+        detector = FasterRCNN(
+            SimpleFeaturePyramid(backbone, trained), num_classes + 1,
+            image_mean=list(backbone.mean), image_std=list(backbone.std),
+            min_size=min(height, width), max_size=max(height, width), fixed_size=(width, height), size_divisible=1,
+            rpn_anchor_generator=anchor_utils.AnchorGenerator(sizes, (ASPECT_RATIOS,) * len(sizes)),
+            box_batch_size_per_image=BOX_BATCH_SIZE_PER_IMAGE, box_roi_pool=pool,
+        )  # fmt: skip
+    return detector.to(backbone.compute.device)
 
 
 @protocol("annotations", is_expensive=True)
@@ -430,6 +449,9 @@ def detection(context: EvalContext, trained: bool = False) -> ProtocolResult:
 @protocol("annotations", is_expensive=True)
 def detection_finetune(context: EvalContext) -> ProtocolResult:
     """Measure COCO's box AP as `detection` does, but with a copy of the backbone trained together with the detector.
+
+    Args:
+        context: the backbone, images with boxes and the options of `evaluate`.
 
     Returns:
         Metrics 'detection_finetune_AP', 'detection_finetune_AP50', ...; `details` as those of `detection`.
@@ -485,7 +507,7 @@ def _train_detector(detector: nn.Module, backbone: BackboneWrapper, images: Dete
 
     parameters = [parameter for parameter in detector.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, DETECTOR_LR, weight_decay=DETECTOR_WEIGHT_DECAY)
-    images.train(optimizer, compute_loss, warmup_fraction=0.05, clip_grad=1.0)
+    images.train(optimizer, compute_loss, warmup_fraction=WARMUP_FRACTION, clip_grad=1.0)
 
 
 @torch.inference_mode()

@@ -51,6 +51,9 @@ def embed(config: EmbedConfig) -> Path:
     Args:
         config: options of `mapet embed`.
 
+    Returns:
+        The folder `config.out`.
+
     Raises:
         Interrupted: a signal such as Ctrl-C came before the last image; the features so far are saved.
         MapetError: pyarrow is missing for parquet, the backbone or the images cannot be loaded, features are NaN, infinite or too large
@@ -86,7 +89,7 @@ def load_embedder(config: EmbedConfig) -> BackboneWrapper:
 
 
 Compute = Callable[[UInt8[Tensor, "B C H W"]], Float[np.ndarray, "B ..."]]
-"""Uint8 pixels at a model's input size -> a row of numbers for each image."""
+"""Function from uint8 pixels at a model's input size to a row of numbers for each image."""
 
 
 def compute_rows(
@@ -181,8 +184,8 @@ def _compute_features(
         features = torch.cat(backbone.pooled_features(pixels, config.layers, config.pool), 1)
     check_finite_features(features, backbone.name)
     if config.dtype == "float16" and (largest := float(features.abs().max())) > torch.finfo(torch.float16).max:
-        found = f"features up to {largest:.3g}, beyond float16's range (65504)"
-        raise MapetError(f"{backbone.name} gives {found}: give {option('dtype')} float32")
+        problem = f"{backbone.name} gives features up to {largest:.3g}, beyond float16's range (65504)"
+        raise MapetError(f"{problem}: give {option('dtype', 'float32')}", field="dtype", value=config.dtype)
     return features.cpu().numpy().astype(config.dtype)
 
 
@@ -192,6 +195,13 @@ def _open_manifest(
     """Return the manifest of the interrupted folder `config.out` if `config.resume`, else create the folder and its first manifest.
 
     For npy, a folder without features yet gets an array with room for all of them, and ids.json.
+
+    Args:
+        config: options of `embed`.
+        images: the list; the manifest records its hash.
+        backbone: its weights, input size and precision are recorded as settings.
+        compute: called once, on a black image, for the shape of a row.
+        settings: further settings.
 
     Returns:
         The manifest, a dict with the keys file_format ('npy' or 'parquet'), settings (what made the features; a resumed job must have the same),
@@ -276,6 +286,9 @@ def _write(
 
 def read_embeddings(folder: Path) -> tuple[list[str], Float[np.ndarray, "n ..."]]:
     """Read a finished folder of `mapet embed`, of either format, without the unreadable images.
+
+    Args:
+        folder: of `mapet embed`.
 
     Returns:
         (ids of the n readable images, e.g. their paths below the data set's folder; their features in the same order, float16 or

@@ -151,7 +151,7 @@ def bootstrap_ci(statistic: Statistic, num_images: int, draws: int = 200, select
 
 @dataclass
 class ProtocolResult:
-    """What a protocol measured on one backbone.
+    """Metrics of a protocol on one backbone.
 
     Attributes:
         metrics: rows of the table of all backbones; names have no spaces.
@@ -224,6 +224,9 @@ class EvalData:
             config: its options `images`, `test_images`, `annotations`, `seg_masks`, their counterparts for test images, `ignore_labels`
                 and `ood_images` are used. `ood_images` are read only beside labels.
 
+        Returns:
+            The sets, with fields for one kind of annotation; `max_images` limits labeled ones.
+
         Raises:
             MapetError: a file or folder is missing or of another layout, options do not fit the images, training and test images have
                 different classes, or images are too few to hold some out.
@@ -247,8 +250,8 @@ class EvalData:
             train, test = (LabeledSet.without_labels(part.images) for part in masks)
             return cls(train, test, masks=masks)
         if config.test_seg_masks is not None or config.ignore_labels:
-            wrong = f"{option('test_seg_masks')} and {option('ignore_labels')} are for masks of the training images, but {root} has no masks"
-            raise MapetError(f"{wrong}: give {option('seg_masks')}")
+            problem = f"{option('test_seg_masks')} and {option('ignore_labels')} are for masks of the training images, but {root} has no masks"
+            raise MapetError(f"{problem}: give {option('seg_masks')}")
         images = list_images(config.images, config)
         if images.classes():
             ood = {
@@ -267,6 +270,7 @@ class EvalData:
         """Return the data, whose images are read as a backbone's training images were, but for what `config` gives; see `list_as_trained`."""
 
         def convert(part: AnyImageSet) -> AnyImageSet:
+            """Return the set with images that are read by the merged options."""
             return replace(part, images=read_as_trained(part.images, config, trained))
 
         ood = {name: convert(part) for name, part in self.ood.items()}
@@ -298,30 +302,31 @@ class EvalContext:
 
     @property
     def classes(self) -> list[str]:
-        """Names by class index; empty without labels."""
+        """Return the names by class index; empty without labels."""
         return self.data.train.classes
 
     @cached_property
     def train(self) -> FeatureCache:
-        """Features of the readable training images, from the layers of the option `layers`."""
+        """Compute the features of the readable training images, from the layers of the option `layers`."""
         return self._extract(self.data.train)
 
     @cached_property
     def test(self) -> FeatureCache:
-        """Features of the readable test images from the same layers as `train`."""
+        """Compute the features of the readable test images from the same layers as `train`."""
         return self._extract(self.data.test)
 
     def _extract(self, data: LabeledSet) -> FeatureCache:
+        """Compute the features of a set by the options `layers` and `pool`."""
         return FeatureCache.extract(self.backbone, data, self.cache, self.options.layers, self.options.pool)
 
     @cached_property
     def scaler(self) -> StandardScaler:
-        """Mean and standard deviation of the features of `train`, by which they are standardized."""
+        """Fit mean and standard deviation of the features of `train`, by which features are standardized."""
         return fit_scaler(self.train)
 
     @cached_property
     def test_neighbors(self) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-        """(cosine similarities of standardized features, rows in `train`) of the `KNN_K` training images nearest to each row of `test`.
+        """Return (cosine similarities of standardized features, rows in `train`) of the `KNN_K` training images nearest to each row of `test`.
 
         They are compared by the features of all `layers`; with fewer than `KNN_K` readable training images, k is their number.
         """
@@ -329,12 +334,12 @@ class EvalContext:
 
     @cached_property
     def logistic(self) -> LogisticProbe:
-        """The linear probe, fitted on the features of the readable training images; its C is selected, see `fit_logistic`."""
+        """Fit the linear probe on the features of the readable training images; its C is selected, see `fit_logistic`."""
         return fit_logistic(self.train.layer_features(), self.train.labels, len(self.classes))
 
     @property
     def classifier(self) -> str:
-        """Description of what `classify` uses: the model's own classifier if it has one with class names, else the linear probe."""
+        """Describe what `classify` uses: the model's own classifier if it has one with class names, else the linear probe."""
         return "own classifier" if self.backbone.classes else f"logistic, {self.logistic.selected}"
 
     def pooled(self, backbone: BackboneWrapper, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
@@ -351,7 +356,7 @@ class EvalContext:
 
     @cached_property
     def num_features(self) -> int:
-        """F, width of the features, found by running the model once on a black image."""
+        """Return F, the width of the features, by running the model once on a black image."""
         black = torch.zeros(1, self.backbone.channels, *self.backbone.image_size, dtype=torch.uint8)
         return self.pooled(self.backbone, black).shape[1]
 
@@ -391,8 +396,8 @@ class EvalContext:
         labels = torch.from_numpy(data.labels)
         batches = backbone.batches(data.images, self.cache, **dataset)
         parts = [(self.classify(backbone, pixels), labels[rows]) for rows, pixels in batches]
-        logits, shown = map(torch.cat, zip(*parts, strict=True))
-        return logits, shown
+        logits, classes = map(torch.cat, zip(*parts, strict=True))
+        return logits, classes
 
     def close(self) -> None:
         """Free memory and scratch files of `train` and `test`, if they have been computed; they cannot be used any more."""
@@ -436,6 +441,7 @@ def protocol(requires: Requirement, is_expensive: bool = False) -> Callable[[Any
     """
 
     def register(run: AnyRun) -> AnyRun:
+        """Add the function to the table, and return it."""
         PROTOCOLS[run.__name__.replace("_", "-")] = Protocol(run, requires, is_expensive)
         return run
 

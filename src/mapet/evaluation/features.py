@@ -20,7 +20,7 @@ from mapet.data.dataset import UnreadableImages, ViewDataset, position_batches, 
 from mapet.data.image_list import ImageList
 from mapet.data.views import ViewSpec, input_mean_std, normalize
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, format_size, option
+from mapet.errors import MapetError, first_line, format_size, option
 from mapet.evaluation.datasets import LabeledSet
 from mapet.models.backbone import HUB_PREFIXES, create_timm_model, get_read_options, load_backbone, prepare_for_device
 from mapet.models.pooling import forward_intermediates, pool_tokens, resolve_layers
@@ -142,12 +142,12 @@ class BackboneWrapper:
 
     @property
     def read_options(self) -> ReadOptions | None:
-        """How the model's training images were read; None: unknown, or as they are stored."""
+        """Return how the model's training images were read; None: unknown, or as they are stored."""
         return get_read_options(self.model)
 
     @property
     def patch_size(self) -> int:
-        """Pixels that image sizes must be multiples of: the larger side of a patch; `DEFAULT_PATCH_SIZE` for models without patches."""
+        """Return the pixels that image sizes must be multiples of: the larger side of a patch; `DEFAULT_PATCH_SIZE` for models without patches."""
         size = getattr(getattr(self.model, "patch_embed", None), "patch_size", DEFAULT_PATCH_SIZE)
         return size if isinstance(size, int) else int(max(size))
 
@@ -212,7 +212,7 @@ class BackboneWrapper:
 
     @cached_property
     def map_shape(self) -> tuple[int, int, int]:
-        """(D, h, w): width, rows and columns of the last layer's feature map, found by running the model once on a black image."""
+        """Return (D, h, w), width, rows and columns of the last layer's feature map, by running the model once on a black image."""
         black = torch.zeros(1, self.channels, *self.image_size, dtype=torch.uint8)
         depth, height, width = self.last_layer(black)[0].shape
         return depth, height, width
@@ -246,8 +246,8 @@ class BackboneWrapper:
             with torch.inference_mode(), self.compute.autocast():
                 model(torch.zeros(1, self.channels, *size, device=self.compute.device))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-            wrong = f"{self.name} cannot take images of {format_size(size)} px ({str(error).splitlines()[0]})"
-            raise MapetError(f"{wrong}: give other sizes by {option('eval_image_sizes')}") from None
+            problem = f"{self.name} cannot take images of {format_size(size)} px ({first_line(error)})"
+            raise MapetError(f"{problem}: give other sizes by {option('eval_image_sizes')}") from None
         return replace(self, model=model, image_size=size)
 
 
@@ -287,6 +287,9 @@ class FeatureCache:
             config: memory, scratch folder and batch size.
             layers: indices of layers, see `resolve_layers`.
             pool: pooling of each layer's feature map, see `pool_tokens`.
+
+        Returns:
+            The cache, with a row for each readable image.
 
         Raises:
             MapetError: a feature is NaN or infinite, memory and disk have no room for the features, more than the fraction

@@ -68,16 +68,17 @@ def one_vs_rest_auroc(logits: Float[Tensor, "n K"], labels: Int[np.ndarray, " n"
     classes = [1] if logits.shape[1] == 2 else np.unique(labels).tolist()
     parts = []  # for each class: rows of its images, bin of the score of every image, number of bins
     for index in classes:
-        shown, scores = np.flatnonzero(labels == index), probabilities[:, index]
-        values = np.unique(scores[shown])
+        members, scores = np.flatnonzero(labels == index), probabilities[:, index]
+        values = np.unique(scores[members])
         # Bin of each image: 2 i + 1 if it has the score values[i], an even number if its score lies between two of them, ascending.
         bins = np.searchsorted(values, scores, "left") + np.searchsorted(values, scores, "right")
-        parts.append((shown, bins, 2 * len(values) + 1))
+        parts.append((members, bins, 2 * len(values) + 1))
 
     def auroc(weights: Float[np.ndarray, " n"]) -> float:
+        """Return the mean area over the classes that have positive and negative images of positive weight; NaN without any."""
         areas = []
-        for shown, bins, num_bins in parts:
-            positive = np.bincount(bins[shown], weights[shown], num_bins)
+        for members, bins, num_bins in parts:
+            positive = np.bincount(bins[members], weights[members], num_bins)
             negative = np.bincount(bins, weights, num_bins) - positive
             if pairs := positive.sum() * negative.sum():
                 # An image of the class is ahead of the others with lower scores, and counts half where the scores are equal.

@@ -39,6 +39,8 @@ JITTER = 0.1
 """Largest change of brightness, contrast and saturation, as a fraction."""
 NOISE_STD = 2.0
 """Standard deviation of the noise, of 255 gray levels: that of a good camera in good light."""
+COLOR_QUANTILES, MIN_COLOR_RANGE = (0.01, 0.99), 1e-9
+"""Quantiles of a principal component that become black and full color, and the smallest range between them that is divided by."""
 JPEG_QUALITY = 75
 """libjpeg's default."""
 
@@ -67,7 +69,7 @@ class TokenSample(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Return the rows and columns of patches."""
         return self.ids.shape[1], self.ids.shape[2]
 
 
@@ -148,7 +150,7 @@ class TokenSampler:
             pairs = {
                 "flip": (tokens.flip(-1), self._tokenize(view.flip(-1))),
                 "jitter": (tokens, self._tokenize(_to_uint8(jittered))),
-                "noise": (tokens, self._tokenize(_to_uint8(view + self._noise(images, batch)))),
+                "noise": (tokens, self._tokenize(_to_uint8(view + self._sample_noise(images, batch)))),
             }
             if self.channels in (1, 3):
                 pairs["jpeg"] = tokens, self._tokenize(tvf.jpeg(view, JPEG_QUALITY))
@@ -197,8 +199,11 @@ class TokenSampler:
         unreadable = UnreadableImages(dataset.images, MAX_UNREADABLE, is_option=False)
         yield from readable_batches(dataset, batches, unreadable, title)
         if unreadable.reasons.keys() >= {*indices}:
-            found = f"none of the {len(indices)} images of the sample can be read ({next(iter(unreadable.reasons.values()), 'it is empty')})"
-            raise MapetError(f"{found}. `mapet check` lists the unreadable images: remove them, or sample more images")
+            reason = next(iter(unreadable.reasons.values()), "it is empty")
+            problem = f"none of the {len(indices)} images of the sample can be read (the first: {reason})"
+            raise MapetError(
+                f"{problem}. `mapet check` lists the unreadable images: remove them, or sample more images"
+            )
 
     @torch.inference_mode()
     def _tokenize(self, images: UInt8[Tensor, "B C h w"] | None) -> Int[Tensor, "B rows columns"]:
@@ -209,7 +214,7 @@ class TokenSampler:
         assert images is not None
         return self.tokenizer(self.compute.to(images)).cpu()
 
-    def _noise(self, images: ImageList, batch: Batch) -> Float[Tensor, "B C h w"]:
+    def _sample_noise(self, images: ImageList, batch: Batch) -> Float[Tensor, "B C h w"]:
         """Draw Gaussian noise of standard deviation `NOISE_STD` (of 255 gray levels) for each image of a batch, seeded by its id alone.
 
         Args:
@@ -225,6 +230,7 @@ class TokenSampler:
 
 
 def _to_uint8(pixels: Float[Tensor, "B C h w"]) -> UInt8[Tensor, "B C h w"]:
+    """Round pixels of 0..255 to uint8."""
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -269,12 +275,12 @@ class ModelInspection(NamedTuple):
 
     @property
     def images(self) -> UInt8[Tensor, "s C H W"]:
-        """Pixels of the s images."""
+        """Return the pixels of the s images."""
         return self.sample.images[: len(self.permutation)]
 
     @property
     def tokens(self) -> Int[Tensor, "s N"]:
-        """Token ids of the s images."""
+        """Return the token ids of the s images."""
         return self.sample.ids[: len(self.permutation)].flatten(1)
 
 
@@ -302,8 +308,8 @@ def inspect_model(
     """
     vit = model.vit
     num_images = num_images_for_figures(num_shown, tokenizer.vocab_size, model.num_patches)
-    drawn = np.random.default_rng(0).permutation(len(images))[:num_images]
-    sample = TokenSampler(tokenizer, compute).sample(images, drawn.tolist(), num_images)
+    indices = np.random.default_rng(0).permutation(len(images))[:num_images]
+    sample = TokenSampler(tokenizer, compute).sample(images, indices.tolist(), num_images)
     index = sample.image_index[:num_shown]
     generators = [np.random.default_rng([0, images.key(i), 0]) for i in index.tolist()]
     orders = [sample_permutation(order, sample.grid, model.num_context, rng) for rng in generators]
@@ -350,8 +356,8 @@ def pca_colors(features: Float[Tensor, "B N D"]) -> Float[np.ndarray, "B N 3"]:
     num_components = min(3, *flat.shape)
     components = np.zeros((len(flat), 3), np.float32)
     components[:, :num_components] = PCA(num_components, svd_solver="full").fit_transform(flat)
-    low, high = np.quantile(components, [0.01, 0.99], axis=0)
-    colors = ((components - low) / (high - low).clip(1e-9)).clip(0, 1)
+    low, high = np.quantile(components, COLOR_QUANTILES, axis=0)
+    colors = ((components - low) / (high - low).clip(MIN_COLOR_RANGE)).clip(0, 1)
     return colors.reshape(*features.shape[:2], 3)
 
 

@@ -58,12 +58,12 @@ class LogisticProbe:
 
     @property
     def at_edge(self) -> bool:
-        """Whether C is the smallest or largest of `C_CANDIDATES`."""
+        """Return whether C is the smallest or largest of `C_CANDIDATES`."""
         return self.C in (C_CANDIDATES[0], C_CANDIDATES[-1])
 
     @property
     def selected(self) -> str:
-        """The chosen C for tables of results, e.g. 'C 0.01' or 'C 1e-06 (edge of the grid)'."""
+        """Return the selected C for tables of results, e.g. 'C 0.01' or 'C 1e-06 (edge of the grid)'."""
         return f"C {self.C:g}" + " (edge of the grid)" * self.at_edge
 
 
@@ -97,8 +97,8 @@ def fit_logistic(
             C, params = choose_c(x, targets)
         C = C or FEW_C
         params = minimize_loss(x, targets, C, torch.ones(len(x), 1, dtype=torch.bool), params, FIT_LIMITS)
-        fitted = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
-        weight[classes], bias[classes] = fitted.T, params[-1, 0]
+        coefficients = params[:-1, 0] if axes is None else axes @ params[:-1, 0]
+        weight[classes], bias[classes] = coefficients.T, params[-1, 0]
     probe = LogisticProbe(mean, scale, weight, bias, C or FEW_C)
     warn_at_edge("the linear probe's C", probe.C, C_CANDIDATES)
     return probe
@@ -140,8 +140,8 @@ def choose_c(x: Float[Tensor, "n R"], targets: Int[Tensor, " n"]) -> tuple[float
         correct = (predicted == targets[:, None]) & is_test
         accuracies.append((correct.sum(0) / is_test.sum(0)).tolist())
         means.append(params.mean(1, keepdim=True))
-    chosen = one_standard_error_rule(accuracies)
-    return C_CANDIDATES[chosen], means[chosen]
+    best = one_standard_error_rule(accuracies)
+    return C_CANDIDATES[best], means[best]
 
 
 def one_standard_error_rule(scores: Sequence[Sequence[float]]) -> int:

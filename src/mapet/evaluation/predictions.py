@@ -1,6 +1,6 @@
 """Labels and probabilities of many images by a fine-tuned model, as a CSV or Parquet file; an interrupted job can be resumed.
 
-The logits are written as `mapet embed` writes features, in a hidden folder beside the file, which is removed once the file is whole.
+The logits are written as `mapet embed` writes features, in the folder .NAME.partial beside the file, which is removed once the file is whole.
 """
 
 import importlib.util
@@ -43,6 +43,9 @@ def predict(config: PredictConfig) -> Path:
     Args:
         config: options of `mapet predict`.
 
+    Returns:
+        The file `config.out`.
+
     Raises:
         Interrupted: a signal such as Ctrl-C came before the last image; the logits so far are saved.
         MapetError: pyarrow is missing for Parquet; the model cannot be loaded or has no classes; the file exists, or (without `resume`)
@@ -60,18 +63,20 @@ def predict(config: PredictConfig) -> Path:
     compute = ComputeContext.from_options(config.device, config.precision)
     backbone = BackboneWrapper.load(config.backbone, compute)
     if not backbone.classes:
-        wrong = f"{config.backbone} is no fine-tuned model: it has no classifier with names of classes"
-        raise MapetError(f"{wrong}. Make one with `mapet finetune`", field="backbone", value=config.backbone)
+        problem = f"{config.backbone} is no fine-tuned model: it has no classifier with names of classes"
+        raise MapetError(f"{problem}. Make one with `mapet finetune`", field="backbone", value=config.backbone)
     temperature = read_temperature(config.backbone)
     images = list_as_trained(config.images, config, backbone.read_options)
     warn_outside_range(images, backbone.channels)
     if temperature is None:
         log.warning(
-            "the probabilities are not calibrated: %s was fine-tuned with too few held-out images, or by another program",
+            "the probabilities are not calibrated: %s was fine-tuned with too few held-out images, or by another program; fine-tune with more "
+            "labeled images to calibrate them",
             config.backbone,
         )
 
     def compute_logits(pixels: torch.Tensor) -> np.ndarray:
+        """Return the logits of a batch; raise MapetError if one is NaN or infinite."""
         logits = backbone.logits(pixels)
         check_finite_features(logits, backbone.name)
         return logits.cpu().numpy()
@@ -94,7 +99,7 @@ def predict(config: PredictConfig) -> Path:
 
 
 class Predictions(NamedTuple):
-    """Logits of all images, and what turns them into rows.
+    """Logits of all images, with names of images and classes, as rows of a table.
 
     Attributes:
         images: the list.
@@ -112,7 +117,7 @@ class Predictions(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns: id, label, probability, error, probability of each class."""
+        """Return the names of the columns: id, label, probability, error, probability of each class."""
         name = "probability" if self.temperature else "uncalibrated_probability"
         return ["id", "label", name, "error", *(f"{name}:{each}" for each in self.classes)]
 
@@ -139,8 +144,8 @@ class Predictions(NamedTuple):
         import pyarrow
         import pyarrow.parquet
 
-        text, number = pyarrow.string(), pyarrow.float32()
-        types = [text, text, number, text, *(number for _ in self.classes)]
+        text, probability = pyarrow.string(), pyarrow.float32()
+        types = [text, text, probability, text, *(probability for _ in self.classes)]
         schema = pyarrow.schema(list(zip(self.columns, types, strict=True)))
         with files.atomic_write(path) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as writer:
             for ids, labels, errors, chances in self.blocks():

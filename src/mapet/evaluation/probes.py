@@ -30,6 +30,12 @@ MIN_BATCH_SIZE, MAX_BATCH_SIZE, MIN_STEPS_PER_EPOCH = 64, 1024, 32
 """Batches of SGD probes: as large as leaves `MIN_STEPS_PER_EPOCH`, within these bounds."""
 ATTENTIVE_LEARNING_RATES, ATTENTIVE_WEIGHT_DECAY, ATTENTIVE_EPOCHS = (3e-4, 1e-3, 3e-3), 0.05, 30
 """AdamW's, of the attentive probe."""
+QUERY_BATCH_SIZE = 1024
+"""Queries of k-NN that are compared with a block of rows at once."""
+SGD_MOMENTUM, SEED_STRIDE = 0.9, 100_003
+"""Momentum of SGD probes; and the distance of the seeds of two runs, so that their epochs have different orders."""
+BATCH_NORM_EPS, WEIGHT_STD, QUERY_STD = 1e-6, 0.01, 0.02
+"""Of batch norm as in MAE; standard deviation of the initial weights of classifiers, and of the attentive probe's queries."""
 HEAD_DIM = 64
 """Width of an attention head of the attentive probe."""
 MIN_IMAGES = 10
@@ -73,15 +79,17 @@ def nearest_neighbors(
     k: int,
     scaler: StandardScaler | None,
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """Find the `k` rows nearest to each query by cosine similarity of standardized features, among rows that may be too many for memory.
+    """Find the `k` rows nearest to each query by cosine similarity, among rows that may be too many for memory.
 
-    DINO does not standardize. Without it a common offset, as that of raw pixels, or a few features of large variance decide the cosine.
+    Probes standardize features first: otherwise a common offset, as that of raw pixels, or a few features of large variance decide the
+    cosine. DINO does not.
 
     Args:
         blocks: consecutive blocks of rows, each (index of the block's first row, its rows); they need not be normalized.
         queries: feature vectors to find neighbors of; they need not be normalized.
         k: number of neighbors; with fewer rows, all of them are returned.
-        scaler: fitted on the rows (`fit_scaler`); rows and queries are standardized by its mean and scale; None: as they are.
+        scaler: fitted on the rows, see `fit_scaler`: its mean is subtracted from rows and queries, which are then divided by its scale.
+            None: the cosine is that of the vectors as they are given, as in `mapet search`.
 
     Returns:
         (cosine similarities, row indices) of the nearest rows of each query, nearest first; with fewer than `k` rows, (m, rows).
@@ -94,8 +102,8 @@ def nearest_neighbors(
     similarity, index = queries.new_empty(len(queries), 0), queries.new_empty(len(queries), 0, dtype=torch.int64)
     for first_row, block in blocks:
         block = F.normalize((block - mean) / scale, dim=1)
-        # 1024 queries at a time, which bounds the memory of the similarities.
-        nearest = [(part @ block.T).topk(min(k, len(block)), dim=1) for part in queries.split(1024)]
+        # Few queries at a time, which bounds the memory of the similarities.
+        nearest = [(part @ block.T).topk(min(k, len(block)), dim=1) for part in queries.split(QUERY_BATCH_SIZE)]
         similarity = torch.cat([similarity, torch.cat([part.values for part in nearest])], 1)
         index = torch.cat([index, torch.cat([part.indices for part in nearest]) + first_row], 1)
         # Keep the nearest of this block and all blocks before.
@@ -214,8 +222,8 @@ def _check_enough_images(count: int, probe: str) -> None:
         probe: name of the protocol that trains the probe, for the message.
     """
     if count < MIN_IMAGES:
-        fix = f"add images, or omit '{probe}' from {option('protocols')}"
-        raise MapetError(f"found {count} training images, but protocol '{probe}' needs {MIN_IMAGES}: {fix}")
+        hint = f"add images, or omit '{probe}' from {option('protocols')}"
+        raise MapetError(f"found {count} training images, but protocol '{probe}' needs {MIN_IMAGES}: {hint}")
 
 
 def hold_out(labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
@@ -257,12 +265,13 @@ class LinearClassifiers(nn.Module):
     def __init__(
         self, layer: str, columns: slice, num_classes: int, rates: tuple[float, ...], batch_norm: bool
     ) -> None:
+        """Make the classifiers, see the class."""
         super().__init__()
         self.layer, self.columns, self.rates = layer, columns, rates
         width = columns.stop - columns.start
-        self.norm: nn.Module = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS) if batch_norm else nn.Identity()
         generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(len(rates), width, num_classes, generator=generator) * 0.01)
+        self.weight = nn.Parameter(torch.randn(len(rates), width, num_classes, generator=generator) * WEIGHT_STD)
         self.bias = nn.Parameter(torch.zeros(len(rates), 1, num_classes))
 
     def forward(self, features: Float[Tensor, "B W"]) -> Float[Tensor, "R B K"]:
@@ -272,13 +281,14 @@ class LinearClassifiers(nn.Module):
 
     @property
     def at_edge(self) -> bool:
-        """Whether the one learning rate is the smallest or largest of `SGD_LEARNING_RATES`."""
+        """Return whether the one learning rate is the smallest or largest of `SGD_LEARNING_RATES`."""
         return self.rates[0] in (SGD_LEARNING_RATES[0], SGD_LEARNING_RATES[-1])
 
     @property
     def selected(self) -> str:
-        """Layer and learning rate, for the tables, e.g. 'layer 3, lr 0.1' or 'layer 3, lr 100 (edge of the grid)'."""
-        return f"layer {self.layer}, lr {self.rates[0]:g}" + " (edge of the grid)" * self.at_edge
+        """Return layer and learning rate, for the tables, e.g. 'layer 3, lr 0.1' or 'layer 3, lr 100 (edge of the grid)'."""
+        edge = " (edge of the grid)" if self.at_edge else ""
+        return f"layer {self.layer}, lr {self.rates[0]:g}{edge}"
 
     @torch.inference_mode()
     def predict(self, cache: FeatureCache) -> Float[Tensor, "n K"]:
@@ -287,6 +297,51 @@ class LinearClassifiers(nn.Module):
         Batch norm uses its running mean and variance if the module is in eval mode, as `fit_linear_sgd` returns it.
         """
         return torch.cat([self(block.to(self.weight.device))[0].cpu() for _, block in cache.blocks()])
+
+
+def _row_batches(
+    cache: FeatureCache, selected: Bool[Tensor, " n"], compute: ComputeContext, size: int, seeds: Iterable[int | None]
+) -> Batches:
+    """Yield (features, labels) of the rows where `selected` is True, an epoch per seed.
+
+    Args:
+        cache: features and labels of n images.
+        selected: the rows that are used.
+        compute: device that batches are moved to.
+        size: rows of a batch, at most.
+        seeds: of the order of the rows; None keeps the order. With a seed a batch of a single row is omitted: batch norm needs two.
+    """
+    for seed in seeds:
+        for rows, features in cache.batches(0, len(cache), size, seed):
+            if int((keep := selected[rows]).sum()) > (seed is not None):
+                yield compute.to(features[keep]), compute.to(cache.labels[rows[keep]])
+
+
+def _train_sgd(
+    probes: list[LinearClassifiers], cache: FeatureCache, selected: Bool[Tensor, " n"], compute: ComputeContext, epochs: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Train probes in place by SGD, all on the same batches.
+
+    Args:
+        probes: linear classifiers, each with its learning rates.
+        cache: features and labels of n images.
+        selected: the rows to train on.
+        compute: device that the probes are moved to.
+        epochs: epochs of training.
+        seed: of the order of the rows.
+    """
+    size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, len(cache) // MIN_STEPS_PER_EPOCH))
+    parameters = nn.ModuleList(probes).to(compute.device).train().parameters()
+    optimizer = torch.optim.SGD(parameters, lr=1.0, momentum=SGD_MOMENTUM)
+    # All classifiers share one optimizer of lr 1. An SGD step is linear in the loss, so that scaling a classifier's loss is the
+    # same as scaling its learning rate.
+    rates = [rate for probe in probes for rate in probe.rates]
+    scales = torch.tensor(rates, device=compute.device) * size / SGD_BASE_BATCH_SIZE
+    first_seed = seed * SEED_STRIDE
+    steps = _row_batches(cache, selected, compute, size, range(first_seed, first_seed + epochs))
+    losses = ((_logits_and_losses(probes, x, y)[1] * scales).sum() for x, y in steps)
+    minimize(optimizer, losses, epochs * math.ceil(len(cache) / size))
 
 
 def fit_linear_sgd(
@@ -315,51 +370,29 @@ def fit_linear_sgd(
         MapetError: there are fewer than `MIN_IMAGES` rows.
     """
     _check_enough_images(len(cache), "linear-sgd")
-
-    def batches(used: Bool[Tensor, " n"], size: int, seeds: Iterable[int | None]) -> Batches:
-        """Yield (features, labels) of the rows where `used` is True, of at most `size` rows at once: an epoch per seed; None keeps the order.
-
-        With a seed a batch of a single row is omitted: batch norm needs two.
-        """
-        for order_seed in seeds:
-            for rows, features in cache.batches(0, len(cache), size, order_seed):
-                if int((keep := used[rows]).sum()) > (order_seed is not None):
-                    yield compute.to(features[keep]), compute.to(cache.labels[rows[keep]])
-
-    def train(probes: list[LinearClassifiers], used: Bool[Tensor, " n"]) -> None:
-        """Train probes in place on the rows where `used` is True, all on the same batches, for `epochs` epochs."""
-        size = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, len(cache) // MIN_STEPS_PER_EPOCH))
-        optimizer = torch.optim.SGD(nn.ModuleList(probes).to(compute.device).train().parameters(), lr=1.0, momentum=0.9)
-        # All classifiers share one optimizer of lr 1. An SGD step is linear in the loss, so that scaling a classifier's loss is the
-        # same as scaling its learning rate.
-        rates = [rate for probe in probes for rate in probe.rates]
-        scales = torch.tensor(rates, device=compute.device) * size / SGD_BASE_BATCH_SIZE
-        first_seed = seed * 100_003  # so that epochs of different seeds have different orders
-        steps = batches(used, size, range(first_seed, first_seed + epochs))
-        losses = ((_logits_and_losses(probes, x, y)[1] * scales).sum() for x, y in steps)
-        minimize(optimizer, losses, epochs * math.ceil(len(cache) / size))
-
     is_val = hold_out(cache.labels)
     kinds = {"linear_sgd": False, "linear_sgd_bn": True}
     candidates = [
         LinearClassifiers(layer, columns, num_classes, SGD_LEARNING_RATES, batch_norm)
         for (layer, columns), batch_norm in product(cache.columns.items(), kinds.values())
     ]
-    train(candidates, ~is_val)
+    _train_sgd(candidates, cache, ~is_val, compute, epochs, seed)
     # One score per classifier, in the order of `candidates` (layers, then kinds) and of the learning rates within each.
-    scores = _val_scores(candidates, batches(is_val, MAX_BATCH_SIZE, [None]))
+    scores = _val_scores(candidates, _row_batches(cache, is_val, compute, MAX_BATCH_SIZE, [None]))
     by_choice = dict(zip(product(cache.columns, kinds.values(), SGD_LEARNING_RATES), scores, strict=True))
     probes = {}
     for name, batch_norm in kinds.items():
-        own = {(layer, rate): score for (layer, bn, rate), score in by_choice.items() if bn == batch_norm}
-        layer, rate = max(own, key=lambda choice: own[choice])
+        scores_by_choice = {(layer, rate): score for (layer, bn, rate), score in by_choice.items() if bn == batch_norm}
+        layer, rate = max(scores_by_choice, key=lambda choice: scores_by_choice[choice])
         if len(cache) >= FEW_PER_CLASS * num_classes:
-            by_rate = [own[layer, each][0] for each in SGD_LEARNING_RATES]
+            by_rate = [scores_by_choice[layer, each][0] for each in SGD_LEARNING_RATES]
             rate = SGD_LEARNING_RATES[choose_rate(by_rate, int(is_val.sum()))]
         probe = LinearClassifiers(layer, cache.columns[layer], num_classes, (rate,), batch_norm)
         warn_at_edge(f"the learning rate of the probe {name},", rate, SGD_LEARNING_RATES)
-        train([probe], torch.ones_like(is_val))
-        accuracies = {layer: max(own[layer, rate] for rate in SGD_LEARNING_RATES)[0] for layer in cache.columns}
+        _train_sgd([probe], cache, torch.ones_like(is_val), compute, epochs, seed)
+        accuracies = {
+            layer: max(scores_by_choice[layer, rate] for rate in SGD_LEARNING_RATES)[0] for layer in cache.columns
+        }
         probes[name] = probe.eval(), accuracies
     return probes
 
@@ -380,11 +413,11 @@ class AttentivePool(nn.Module):
         super().__init__()
         heads = next(h for h in range(max(1, width // HEAD_DIM), 0, -1) if width % h == 0)
         generator = torch.Generator().manual_seed(seed)
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        self.query = nn.Parameter(torch.randn(heads, width, generator=generator) * 0.02)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS)
+        self.query = nn.Parameter(torch.randn(heads, width, generator=generator) * QUERY_STD)
         self.value = nn.Parameter(torch.randn(heads, width, width // heads, generator=generator) * width**-0.5)
         self.head = nn.Linear(width, num_classes)
-        self.head.weight = nn.Parameter(torch.randn(num_classes, width, generator=generator) * 0.01)
+        self.head.weight = nn.Parameter(torch.randn(num_classes, width, generator=generator) * WEIGHT_STD)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
@@ -418,23 +451,23 @@ def fit_attentive(
     labels = torch.from_numpy(cache.data.labels)
     _check_enough_images(len(labels), "attentive")
 
-    def batches(used: Bool[Tensor, " n"], epochs: int = 1, min_images: int = 1) -> Batches:
-        """Yield (tokens, labels) on the device, of the images where `used` is True, `epochs` times.
+    def batches(selected: Bool[Tensor, " n"], epochs: int = 1, min_images: int = 1) -> Batches:
+        """Yield (tokens, labels) on the device, of the images where `selected` is True, `epochs` times.
 
         Batches with fewer than `min_images` of these images are skipped.
         """
         for _ in range(epochs):
             for index, tokens in cache.epoch():
-                if int((keep := used[index]).sum()) >= min_images:
+                if int((keep := selected[index]).sum()) >= min_images:
                     yield compute.to(tokens[keep]), compute.to(labels[index[keep]])
 
-    def train(used: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
-        """Train a probe for each learning rate on the images where `used` is True, all on the same batches; return them in eval mode."""
+    def train(selected: Bool[Tensor, " n"], rates: tuple[float, ...]) -> list[AttentivePool]:
+        """Train a probe for each learning rate on the images where `selected` is True, all on the same batches; return them in eval mode."""
         width = cache.backbone.map_shape[0]
         probes = [AttentivePool(width, num_classes, seed).to(compute.device) for _ in rates]
         groups = [{"params": list(probe.parameters()), "lr": rate} for probe, rate in zip(probes, rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, weight_decay=ATTENTIVE_WEIGHT_DECAY)
-        steps = batches(used, ATTENTIVE_EPOCHS, min_images=2)  # batch norm needs two images
+        steps = batches(selected, ATTENTIVE_EPOCHS, min_images=2)  # batch norm needs two images
         losses = (_logits_and_losses(probes, x, y)[1].sum() for x, y in steps)
         minimize(optimizer, losses, ATTENTIVE_EPOCHS * math.ceil(len(labels) / cache.config.batch_size))
         return [probe.eval() for probe in probes]

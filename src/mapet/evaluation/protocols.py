@@ -22,7 +22,7 @@ from mapet.data.views import ViewSpec
 from mapet.errors import MapetError, option
 from mapet.evaluation import dense, eval_context, probes
 from mapet.evaluation.corruptions import CORRUPTIONS, SEVERITIES, Corruption
-from mapet.evaluation.datasets import LabeledSet, few_shot_split
+from mapet.evaluation.datasets import NUM_CLASSES_SHOWN, LabeledSet, few_shot_split
 from mapet.evaluation.eval_context import NUM_SHOWN, PROTOCOLS, EvalContext, Protocol, ProtocolResult, protocol
 from mapet.evaluation.features import PatchTokenCache
 from mapet.evaluation.imbalance import Statistic, balanced_accuracy, is_imbalanced, name_rows, score_classifier
@@ -41,6 +41,8 @@ NUM_QUERIES = 10
 BETTER_DIRECTION = dict.fromkeys(("rankme", "effective_rank"), ", higher is better")
 BETTER_DIRECTION |= dict.fromkeys(("dead_dimensions", "mean_cosine", "uniformity", "alignment"), ", lower is better")
 """Which values of label-free metrics are better; the spread is best near 1. They show collapse, not what features are good for."""
+CLUSTER_STARTS, CLUSTER_ITERS = 3, 30
+"""Starts of the k-means that clusters features, and iterations of each, at most."""
 SIZE_FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Default input sizes of `resolution`, as factors of the trained one."""
 
@@ -59,6 +61,9 @@ def logistic(context: EvalContext) -> ProtocolResult:
 
     Unreadable training and test images are excluded.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         Metric 'logistic': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and the selected C; `per_class` has
         (correct, all) test images of each class.
@@ -75,6 +80,9 @@ def knn(context: EvalContext) -> ProtocolResult:
     """Evaluate weighted k-NN by cosine similarity of standardized features, else as in DINO.
 
     Unreadable training and test images are excluded.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         Metric 'knn': top-1 accuracy on the test images, 0 to 1, with its 95 % interval and k (fewer than `KNN_K` if training images are
@@ -94,6 +102,9 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 
     Of several `layers`, each alone and all of them concatenated are tried.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         Metrics 'linear_sgd' (without batch norm) and 'linear_sgd_bn' (with it): top-1 accuracy on the test images, 0 to 1, with its 95 %
         interval and the selected layer and learning rate; `per_class` has (correct, all) test images of each class.
@@ -103,8 +114,10 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
         MapetError: there are fewer than `probes.MIN_IMAGES` readable training images.
     """
     result, options, compute = ProtocolResult(), context.options, context.backbone.compute
-    fitted = probes.fit_linear_sgd(context.train, len(context.classes), compute, options.linear_epochs, options.seed)
-    for name, (probe, by_layer) in fitted.items():
+    fitted_probes = probes.fit_linear_sgd(
+        context.train, len(context.classes), compute, options.linear_epochs, options.seed
+    )
+    for name, (probe, by_layer) in fitted_probes.items():
         logits = probe.predict(context.test)
         result.add_accuracy(name, logits, context.test.labels, context.classes, probe.selected)
         result.details[name] = {"val_accuracy_by_layer": by_layer}
@@ -114,6 +127,9 @@ def linear_sgd(context: EvalContext) -> ProtocolResult:
 @protocol("labels")
 def attentive(context: EvalContext) -> ProtocolResult:
     """Evaluate the attentive probe, attention pooling and a linear classifier, on the last layer's patch tokens.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         Metric 'attentive': top-1 accuracy on the readable test images, 0 to 1, with its 95 % interval and the selected learning rate;
@@ -139,6 +155,9 @@ def few_shot(context: EvalContext) -> ProtocolResult:
     The option `few_shot` lists amounts: below 1 a fraction of each class, else images per class. For each amount `num_seeds` splits
     are drawn, always the same ones (`few_shot_split`). Features are standardized with mean and standard deviation of all training
     images, which needs no labels. Unreadable images of a split are excluded.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         For each amount a metric, mean top-1 accuracy over seeds, 0 to 1, with its 95 % interval: 'few_shot_10pct' for 0.1, 'few_shot_5'
@@ -191,6 +210,9 @@ def multi_label(context: EvalContext) -> ProtocolResult:
     The regressions are fitted on the features of the training images, standardized by mean and standard deviation of all
     training images. Unreadable images are excluded.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         Metric 'multi_label_map', the average precision, 0 to 1, averaged over the classes that test images show, with a 95 % bootstrap
         interval over test images; `details['ap']`: class -> its average precision, None for a class that no test image shows.
@@ -212,8 +234,9 @@ def multi_label(context: EvalContext) -> ProtocolResult:
         precisions = average_precisions(scores, targets, weights)
         return float(np.nanmean(precisions)) if np.isfinite(precisions).any() else 0.0
 
-    named = zip(train.classes, average_precisions(scores, targets, np.ones(len(targets))).tolist(), strict=True)
-    details = {"ap": {name: round(value, 4) if isfinite(value) else None for name, value in named}}
+    precisions = average_precisions(scores, targets, np.ones(len(targets))).tolist()
+    by_class = zip(train.classes, precisions, strict=True)
+    details = {"ap": {name: round(value, 4) if isfinite(value) else None for name, value in by_class}}
     metric = eval_context.bootstrap_ci(mean_average_precision, len(targets))
     return ProtocolResult({"multi_label_map": metric}, details=details)
 
@@ -286,6 +309,9 @@ def feature_rank(context: EvalContext) -> ProtocolResult:
 
     Up to `MAX_RANK_IMAGES` readable training images are used, a random sample of them that is the same for every backbone.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         The metrics of `feature_stats`, and 'alignment' (`measure_alignment`), 0 to 4: how far apart the features of center views and of
         random crops of up to `MAX_VIEW_IMAGES` of the images are; all without intervals.
@@ -312,13 +338,15 @@ def cluster_features(features: Float[Tensor, "n D"], num_clusters: int, seed: in
     Args:
         features: of all images, on the CPU.
         num_clusters: number of clusters.
-        seed: of k-means++; the best of 3 starts, of at most 30 iterations each, is taken.
+        seed: of k-means++; the best of `CLUSTER_STARTS` starts, of at most `CLUSTER_ITERS` iterations each, is taken.
 
     Returns:
         The cluster index of each row.
     """
     unit = F.normalize(features - features.mean(0), dim=1)
-    return KMeans(num_clusters, n_init=3, max_iter=30, random_state=seed).fit_predict(unit.numpy())
+    return KMeans(num_clusters, n_init=CLUSTER_STARTS, max_iter=CLUSTER_ITERS, random_state=seed).fit_predict(
+        unit.numpy()
+    )
 
 
 def clustering_scores(clusters: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> dict[str, float]:
@@ -352,6 +380,9 @@ def cluster(context: EvalContext) -> ProtocolResult:
 
     Up to `MAX_CLUSTER_IMAGES` readable test images are used, a random sample of them.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         Metrics 'cluster_accuracy' (clusters matched one-to-one to classes, 0 to 1; on imbalanced images after
         'cluster_balanced_accuracy'), 'cluster_nmi' (0 to 1) and 'cluster_ari' (-0.5 to 1): means over k-means with the seeds 0 to
@@ -371,6 +402,9 @@ def cluster(context: EvalContext) -> ProtocolResult:
 def nearest_neighbors(context: EvalContext) -> ProtocolResult:
     """Find the training images nearest to `NUM_QUERIES` test images by cosine similarity of standardized features, for a figure.
 
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
+
     Returns:
         No metrics. `details` has 'queries', indices of readable test images; 'nearest', for each query the indices of its nearest
         readable training images, up to `NUM_SHOWN`, nearest first; and 'similarity', their cosine similarities.
@@ -379,9 +413,9 @@ def nearest_neighbors(context: EvalContext) -> ProtocolResult:
         MapetError: features are NaN or infinite, or more than half of the images of a set are unreadable.
     """
     keys = context.data.test.images.subset(context.test.index.numpy()).keys()
-    chosen = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
-    similarity, rows = (part[chosen, :NUM_SHOWN] for part in context.test_neighbors)
-    details = {"queries": context.test.index[chosen], "nearest": context.train.index[rows]}
+    selected = np.argsort(keys)[:NUM_QUERIES]  # the same test images for every backbone
+    similarity, rows = (part[selected, :NUM_SHOWN] for part in context.test_neighbors)
+    details = {"queries": context.test.index[selected], "nearest": context.train.index[rows]}
     details["similarity"] = similarity.double().round(decimals=4)
     return ProtocolResult(details={name: values.tolist() for name, values in details.items()})
 
@@ -394,6 +428,9 @@ def ood(context: EvalContext) -> ProtocolResult:
     """Measure accuracy on each folder of the option `ood_images` (out of distribution), on its images of classes that training has too.
 
     Only the shared classes can be predicted, as is usual for ImageNet-A and -R, which have 200 of the 1,000 classes.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         For each folder NAME the metrics 'ood_NAME_knn' and 'ood_NAME_own_classifier' (if the backbone has a classifier with class
@@ -441,7 +478,8 @@ def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[B
     if not len(images):
         raise MapetError(
             f"{option('ood_images')} {set_name} ({data.images.root}) shares no class with the training images: it has "
-            f"{', '.join(data.classes[:3])}, ..., they have {', '.join(names[:3])}, ...: give folders of the same class the same name"
+            f"{', '.join(data.classes[:NUM_CLASSES_SHOWN])}, ..., they have {', '.join(names[:NUM_CLASSES_SHOWN])}, ...: give folders of the same "
+            "class the same name"
         )
     return np.isin(names, data.classes), LabeledSet(images, names, labels[labels >= 0])
 
@@ -449,6 +487,9 @@ def shared_classes(data: LabeledSet, names: list[str], set_name: str) -> tuple[B
 @protocol("labels", is_expensive=True)
 def corruptions(context: EvalContext) -> ProtocolResult:
     """Measure accuracy of `context.classify` under 15 corruptions at 5 severities; `add_mce` adds the mCE when all backbones are done.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         Metrics 'corruption_clean', top-1 accuracy without corruption, with Wilson's 95 % interval, and 'corruption_mean', the mean
@@ -460,8 +501,8 @@ def corruptions(context: EvalContext) -> ProtocolResult:
     """
     backbone, data = context.backbone, context.data.test.sample(MAX_CORRUPTED_IMAGES)
     if backbone.channels not in (1, 3):
-        needed = f"but protocol 'corruptions' needs 1 or 3: omit this protocol from {option('protocols')}"
-        raise MapetError(f"{backbone.name} takes images of {backbone.channels} channels, {needed}")
+        problem = f"{backbone.name} takes images of {backbone.channels} channels, protocol 'corruptions' needs 1 or 3"
+        raise MapetError(f"{problem}: omit this protocol from {option('protocols')}")
     selected, (logits, labels) = context.classifier, context.classify_images(backbone, data)
     metrics = name_rows("corruption_clean", eval_context.measure_classifier(logits, labels, selected))
     correct: dict[str, Float[Tensor, "5 n"]] = {}
@@ -502,6 +543,9 @@ def resolution(context: EvalContext) -> ProtocolResult:
 
     The sizes are squares of the sides in the option `eval_image_sizes`, else `SIZE_FACTORS` times the trained size, rounded to whole
     patches.
+
+    Args:
+        context: the backbone, its data and the options of `evaluate`.
 
     Returns:
         Metrics 'resolution_SIDE' or, if the size is not square, 'resolution_HEIGHTxWIDTH', in pixels: top-1 accuracy on the readable test

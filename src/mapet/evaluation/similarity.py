@@ -60,15 +60,15 @@ class FeatureIndex:
         return cls(files.read_array(folder / ROWS, "r"), readable, device)
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "b D"]]]:
-        """Yield (place in `readable` of the first row, rows) of consecutive readable images, on the device."""
+        """Yield (position in `readable` of the first row, rows) of consecutive readable images, on the device."""
         for first in range(0, len(self.readable), BLOCK_ROWS):
             rows = torch.from_numpy(self.features[self.readable[first : first + BLOCK_ROWS]])
             yield first, rows.to(self.device, torch.float32)
 
     def search(self, queries: Float[Tensor, "m D"], k: int) -> Neighbors:
         """Find the `k` images nearest to each query by cosine similarity; with fewer images, all of them."""
-        similarity, places = nearest_neighbors(self.blocks(), queries.to(self.device, torch.float32), k, None)
-        return Neighbors(similarity.cpu().numpy(), self.readable[places.cpu().numpy()])
+        similarity, positions = nearest_neighbors(self.blocks(), queries.to(self.device, torch.float32), k, None)
+        return Neighbors(similarity.cpu().numpy(), self.readable[positions.cpu().numpy()])
 
     def neighbors(self, k: int) -> Neighbors:
         """Find the `k` images nearest to each readable image, other than itself."""
@@ -76,11 +76,11 @@ class FeatureIndex:
         for first, rows in tqdm(
             self.blocks(), "neighbors", -(-len(self.readable) // BLOCK_ROWS), unit="block", disable=None
         ):
-            found = self.search(rows, k + 1)
-            is_self = found.image_index == self.readable[first : first + len(rows), None]
+            nearest = self.search(rows, k + 1)
+            is_self = nearest.image_index == self.readable[first : first + len(rows), None]
             # An image is among its k + 1 nearest unless more than k others equal it: then the last of these is dropped.
             order = np.argsort(is_self, axis=1, kind="stable")[:, :-1]
-            parts.append([np.take_along_axis(part, order, 1) for part in found])
+            parts.append([np.take_along_axis(part, order, 1) for part in nearest])
         return Neighbors(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -98,7 +98,7 @@ class Duplicate(NamedTuple):
     """Two images of a list that are duplicates.
 
     Attributes:
-        group: number, from 1, of the images that are connected by duplicates.
+        group: index, from 1, of the images that are connected by duplicates.
         first, second: indices in the list, ascending.
         is_exact: whether their files have the same bytes; else they are near duplicates.
         similarity: cosine similarity of their features.
@@ -138,14 +138,14 @@ def find_duplicates(images: ImageList, pairs: Pairs, min_similarity: float) -> l
     """
     digest = cache(images.digest)
     exact = {(a, b): value >= 1 - ROUNDING and b"" != digest(a) == digest(b) for (a, b), value in pairs.items()}
-    kept = sorted(pair for pair, value in pairs.items() if exact[pair] or value >= min_similarity)
-    if not kept:
+    duplicate_pairs = sorted(pair for pair, value in pairs.items() if exact[pair] or value >= min_similarity)
+    if not duplicate_pairs:
         return []
-    first, second = np.array(kept).T
-    graph = coo_array((np.ones(len(kept)), (first, second)), (len(images), len(images)))
+    first, second = np.array(duplicate_pairs).T
+    graph = coo_array((np.ones(len(duplicate_pairs)), (first, second)), (len(images), len(images)))
     component = connected_components(graph, directed=False)[1]
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(component[first].tolist()), 1)}
-    return sorted(Duplicate(numbers[int(component[a])], a, b, exact[a, b], pairs[a, b]) for a, b in kept)
+    group_ids = {value: index for index, value in enumerate(dict.fromkeys(component[first].tolist()), 1)}
+    return sorted(Duplicate(group_ids[int(component[a])], a, b, exact[a, b], pairs[a, b]) for a, b in duplicate_pairs)
 
 
 def outlier_scores(neighbors: Neighbors) -> Float[np.ndarray, " n"]:

@@ -38,6 +38,8 @@ MIN_KAPPA_SHIFT = 0.25
 """Kappa when the window moves: below a quarter a token tells the position of its patch rather than its content."""
 MAX_POSITION_FRACTION = 0.5
 """Information on position over the token's entropy: past a half, most of a token can be predicted without the image."""
+ROUNDING = 1e-12
+"""Allowance for the rounding of sums of float64 fractions."""
 MAX_NEIGHBOR_AGREEMENT = 0.9
 """Neighbors with the same token: past nine in ten, copying the token beside solves the task, and little is learned."""
 PATCHES_PER_CODE = 5
@@ -81,12 +83,12 @@ class Agreement:
     """How often two patches have the same token.
 
     Attributes:
-        share: fraction of the pairs with the same token.
+        fraction: fraction of the pairs with the same token.
         chance: fraction expected if both tokens were drawn independently, sum p_k q_k.
-        kappa: (share - chance) / (1 - chance): 0 chance, 1 all (Cohen 1960, doi 10.1177/001316446002000104).
+        kappa: (fraction - chance) / (1 - chance): 0 chance, 1 all (Cohen 1960, doi 10.1177/001316446002000104).
     """
 
-    share: float
+    fraction: float
     chance: float
     kappa: float
 
@@ -99,13 +101,13 @@ class MutualInformation:
         bits: mutual information minus `chance`: about 0, or a little below, where x and y are independent.
         chance: bias of the plain estimate, which it gives for shuffled pairings; it grows with the number of codes.
         error: standard error of `bits` where x and y are independent.
-        share: `bits` over the entropy of y; 1 if x determines y.
+        fraction: `bits` over the entropy of y; 1 if x determines y.
     """
 
     bits: float
     chance: float
     error: float
-    share: float
+    fraction: float
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,15 @@ def code_usage(ids: Int[Tensor, "..."], vocab_size: int) -> CodeUsage:
     counts = torch.bincount(ids.flatten(), minlength=vocab_size)
     num_patches, num_used = int(counts.sum()), int((counts > 0).sum())
     covered = counts.sort(descending=True).values.double().cumsum(0) / num_patches
-    # Number of codes, most frequent first, that cover 50 % and 90 % of the patches; 1e-12 allows for the rounding of sums.
-    half, most = (torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - 1e-12) + 1).tolist()
+    # Number of codes, most frequent first, that cover 50 % and 90 % of the patches.
+    fifty_percent, ninety_percent = (
+        torch.searchsorted(covered, torch.tensor([0.5, 0.9]).double() - ROUNDING) + 1
+    ).tolist()
     bits = float(entropy(counts, base=2))
     return CodeUsage(
         num_used, vocab_size - num_used, reachable_codes=vocab_size * (1 - (1 - 1 / vocab_size) ** num_patches), entropy=bits,
-        perplexity=2**bits, top_code_fraction=float(covered[0]), codes_for_half=half / vocab_size,
-        codes_for_most=most / vocab_size, patches=num_patches,
+        perplexity=2**bits, top_code_fraction=float(covered[0]), codes_for_half=fifty_percent / vocab_size,
+        codes_for_most=ninety_percent / vocab_size, patches=num_patches,
     )  # fmt: skip
 
 
@@ -185,10 +189,10 @@ def agreement(first: Int[Tensor, "..."], second: Int[Tensor, "..."]) -> Agreemen
     """
     num_codes = int(max(first.max(), second.max())) + 1
     p, q = (torch.bincount(ids.flatten(), minlength=num_codes).double() / ids.numel() for ids in (first, second))
-    share, chance = float((first == second).double().mean()), float(p @ q)
+    fraction, chance = float((first == second).double().mean()), float(p @ q)
     # If both tensors hold one and the same code alone, chance is 1 up to rounding, and the formula divides by zero.
-    kappa = 1 - (1 - share) / (1 - chance) if chance < 1 - 1e-12 else 1.0
-    return Agreement(share, chance, kappa)
+    kappa = 1 - (1 - fraction) / (1 - chance) if chance < 1 - ROUNDING else 1.0
+    return Agreement(fraction, chance, kappa)
 
 
 def neighbor_pairs(ids: Int[Tensor, "B rows columns"]) -> dict[str, TokenPair]:
@@ -355,7 +359,7 @@ def compute_token_metrics(
 def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     """Yield a warning for each metric of a tokenizer that makes its tokens poor targets, with the value and what to change.
 
-    In order: too few patches; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
+    In order: too few patches for these metrics; dead codes; low perplexity; one code that most patches have, or a vocabulary of one; for each
     perturbation of `metrics.stability`, tokens that change under jitter, noise, JPEG or a shift, or stored tokens that differ from
     computed ones; tokens that follow from the position; neighbors with equal tokens; tokens that tell nothing of their neighbors; tokens
     that tell nothing of the class. There is no threshold for 'flip'. Thresholds are the constants of this module, such as
@@ -364,7 +368,14 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
     Args:
         metrics: of the tokens of a sample of images, as `compute_token_metrics` returns them.
     """
-    usage, K, bag = metrics.usage, metrics.vocab_size, metrics.bag_of_tokens
+    yield from _usage_warnings(metrics)
+    yield from _stability_warnings(metrics)
+    yield from _information_warnings(metrics)
+
+
+def _usage_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about how often codes are used."""
+    usage, K = metrics.usage, metrics.vocab_size
     if usage.patches < PATCHES_PER_CODE * K:
         # Number of images that have PATCHES_PER_CODE patches for each code.
         enough = option("sample", ceil(PATCHES_PER_CODE * K * metrics.images / usage.patches))
@@ -374,23 +385,36 @@ def token_warnings(metrics: TokenMetrics) -> Iterator[str]:
         yield f"{usage.dead_codes:,} of {K:,} codes are dead ({expected} with even use): fit fewer codes, or use more varied images"
     if usage.perplexity < MIN_PERPLEXITY_FRACTION * usage.reachable_codes:
         yield f"perplexity {usage.perplexity:.1f} with {K:,} codes: a few tokens take most patches; fit fewer codes, or use more varied images"
-    top, position = usage.top_code_fraction, metrics.position.share
+    top = usage.top_code_fraction
     if top > 1 / K + MAX_TOP_CODE_FRACTION * (1 - 1 / K) or K == 1:  # halfway between even use, 1 / K, and 1
         yield f"one token takes {top:.0%} of the patches: always predicting it scores well; crop even borders, or use more varied images"
+
+
+def _stability_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about tokens that change under perturbations, or differ from stored ones."""
     for name, pair in metrics.stability.items():
-        changed, change = f"{1 - pair.share:.0%}", PERTURBATIONS[name]
-        if name == "stored" and pair.share < 1:
+        changed, change = f"{1 - pair.fraction:.0%}", PERTURBATIONS[name]
+        if name == "stored" and pair.fraction < 1:
             yield (
-                f"{1 - pair.share:.1%} of the stored tokens differ from those of their images (chance: {1 - pair.chance:.1%}): the "
+                f"{1 - pair.fraction:.1%} of the stored tokens differ from those of their images (chance: {1 - pair.chance:.1%}): the "
                 "store belongs to other images or another tokenizer; run `mapet tokenize` again"
             )
         elif name in ("jitter", "noise", "jpeg") and pair.kappa < MIN_KAPPA_SMALL_CHANGE:
             yield f"{changed} of the tokens change under {change}, hardly visible: targets are mostly noise; try fewer codes or another teacher"
         elif name == "shift" and pair.kappa < MIN_KAPPA_SHIFT:
             yield f"{changed} of the tokens change under {change}: they tell the position rather than the content; try another teacher"
+
+
+def _information_warnings(metrics: TokenMetrics) -> Iterator[str]:
+    """Yield the warnings of `token_warnings` about what a token tells of its position, its neighbors and the class of its image.
+
+    Args:
+        metrics: see `token_warnings`.
+    """
+    usage, position, bag = metrics.usage, metrics.position.fraction, metrics.bag_of_tokens
     if position > MAX_POSITION_FRACTION:
         yield f"position alone tells {position:.0%} of a token: much of the task needs no image; tokenize random crops, or try another teacher"
-    neighbors_agree = min((pair.share for pair in metrics.coherence.values()), default=0.0)
+    neighbors_agree = min((pair.fraction for pair in metrics.coherence.values()), default=0.0)
     if neighbors_agree > MAX_NEIGHBOR_AGREEMENT:
         yield f"{neighbors_agree:.0%} of neighboring patches share their token: copying nearly solves the task; fit more codes, or use larger patches"
     neighbor, label = metrics.neighbor, metrics.label

@@ -39,6 +39,10 @@ READ_OPTIONS = "read_options"
 """Key of a ViT's `pretrained_cfg`, and of the config.json beside timm's own keys: the `ReadOptions` of its training images."""
 DROPPED_CFG_KEYS = (READ_OPTIONS, "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
 """Entries of timm's `pretrained_cfg` about the published weights of an architecture, which aren't true of other weights."""
+DEFAULT_HF_IMAGE_SIZE, DEFAULT_HF_EPS = 224, 1e-12
+"""Defaults of transformers' ViTs, which their config.json may omit."""
+MIN_SHOWN_IN_MILLIONS = 50_000
+"""Parameters from which on a count is shown in millions: fewer would be 0.0."""
 KEYWORD_ALIASES = {
     "width": "embed_dim", "dim": "embed_dim", "hidden_size": "embed_dim", "layers": "depth", "num_layers": "depth", "heads": "num_heads",
 }  # fmt: skip
@@ -61,6 +65,9 @@ def create_vit(
         model_args: further keywords of timm's VisionTransformer, e.g. {'embed_dim': 128, 'depth': 6, 'num_heads': 4}.
         drop_path: drop-path rate of the last block; it increases linearly from 0 in the first.
 
+    Returns:
+        The ViT, with random weights.
+
     Raises:
         MapetError: unknown model or keyword, not a plain ViT, or an image size that the patch size doesn't divide.
     """
@@ -78,16 +85,23 @@ def create_vit(
             model, img_size=image_size, in_chans=channels, num_classes=0, drop_path_rate=drop_path, **args
         )
     except (TypeError, ValueError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as error:
-        hint = "" if model.startswith(("vit_", "deit")) else f"; {PLAIN_HINT}"
-        raise MapetError(f"timm cannot create '{model}' as a ViT with {args}: {error}{hint}") from None
+        hint = f": change {option('model_args')}" if model.startswith(("vit_", "deit")) else f"; {PLAIN_HINT}"
+        raise MapetError(
+            f"timm cannot create '{model}' as a ViT with {_format_args(args)} ({first_line(error)}){hint}"
+        ) from None
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{model}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
     if not len(vit.blocks):
-        raise MapetError(f"{option('model_args')} depth={args.get('depth')}: a ViT must have at least 1 block")
+        raise MapetError(f"{option('model_args')} depth={args.get('depth')}: give at least 1 block", field="model_args")
     if not all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks):
         raise MapetError(f"the blocks of '{model}' are not plain pre-norm attention and MLP; {PLAIN_HINT}")
     check_divisible(image_size, vit.patch_embed.patch_size[0])
     return vit
+
+
+def _format_args(args: Mapping[str, Any]) -> str:
+    """Format keywords for a message: 'embed_dim=128 depth=6', 'default arguments' without any."""
+    return " ".join(f"{key}={value}" for key, value in args.items()) or "default arguments"
 
 
 def _check_keywords(args: Iterable[str]) -> None:
@@ -208,6 +222,9 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
             Position embeddings, patch size and channels are adapted; with `num_classes` the classifier is randomly initialized.
             For a weights file also what cannot be inferred from it, e.g. `num_heads=6`.
 
+    Returns:
+        The ViT.
+
     Raises:
         MapetError: an unknown keyword; no model at `source`, or one that is damaged or cannot be downloaded; weights whose number of
             attention heads must be given; an image size that is no multiple of the patch size; or, with `pretrained`, weights of
@@ -225,7 +242,10 @@ def load_backbone(source: str | Path, pretrained: bool = True, **overrides: Any)
     try:
         vit = timm.create_model(checkpoint.model, pretrained=False, **args)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise MapetError(f"cannot load the backbone {source} with {args}: {first_line(error)}") from None
+        hint = "give other arguments, or the file that belongs to them"
+        raise MapetError(
+            f"cannot load the backbone {source} with {_format_args(args)} ({first_line(error)}): {hint}"
+        ) from None
     assert isinstance(vit, VisionTransformer)  # `resolve_backbone` accepts nothing else
     check_divisible(vit.patch_embed.img_size, vit.patch_embed.patch_size[0])
     for module in vit.modules():
@@ -258,11 +278,12 @@ def init_from(vit: VisionTransformer, source: str | Path) -> None:
     checkpoint = resolve_backbone(source, True, {"num_heads": first.attn.num_heads})
     with torch.device("meta"):
         source_first = timm.create_model(checkpoint.model, pretrained=False, **checkpoint.model_args).blocks[0]
-    expected, found = (
+    expected, actual = (
         f"{block.attn.num_heads} attention heads, {type(block.mlp.act).__name__}" for block in (first, source_first)
     )
-    if found != expected:
-        raise MapetError(f"the weights of {source} don't fit this ViT: expected {expected}; found {found}")
+    if actual != expected:
+        hint = f"choose {option('model')} and {option('model_args')} as of these weights, or other weights"
+        raise MapetError(f"the weights of {source} don't fit this ViT: expected {expected}, found {actual}: {hint}")
     if checkpoint.unsupported:
         parts = " and ".join(checkpoint.unsupported)
         log.warning("%s has %s, which a plain ViT lacks: training starts from the other weights alone", source, parts)
@@ -296,7 +317,7 @@ def num_parameters(module: torch.nn.Module) -> int:
 def format_num_params(module: torch.nn.Module) -> str:
     """Format the number of parameters: '5.5 M parameters', of small modules '8,320 parameters'."""
     count = num_parameters(module)
-    return f"{count / 1e6:.1f} M parameters" if count >= 50_000 else f"{count:,} parameters"  # below: 0.0 M
+    return f"{count / 1e6:.1f} M parameters" if count >= MIN_SHOWN_IN_MILLIONS else f"{count:,} parameters"
 
 
 # ---- pre-trained ViTs by what a user names
@@ -311,6 +332,9 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
             are always read.
         overrides: timm keywords of the ViT that is to be made; used for a weights file alone, where they tell what cannot be inferred
             from it (`num_heads`, `img_size`).
+
+    Returns:
+        Its weights under timm's names, and the keywords of timm that make its ViT.
 
     Raises:
         MapetError: there is no model or file of that name, it is damaged, or it is no ViT.
@@ -331,7 +355,7 @@ def resolve_backbone(source: str | Path, pretrained: bool, overrides: Mapping[st
         with torch.device("meta"):
             vit = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except Exception as error:
-        reason = f"its config.json is not one that timm writes for a ViT ({error})"
+        reason = f"its config.json is not one that timm writes for a ViT ({first_line(error)})"
         raise MapetError(f"cannot load the backbone {folder}: {reason}. Expected {SOURCES}") from None
     return _from_timm(f"local-dir:{folder}", vit, weights, {})._replace(read_options=config.get(READ_OPTIONS))
 
@@ -409,8 +433,8 @@ def _from_timm(name: str, vit: torch.nn.Module, weights: dict[str, Tensor], args
         return from_state_dict(weights, name, {"img_size": size})._replace(mean_std=mean_std)
     if not isinstance(vit, VisionTransformer):
         raise MapetError(f"'{name}' is a {type(vit).__name__}, not a plain VisionTransformer; {PLAIN_HINT}")
-    known = mean_std if len(mean_std[0]) == vit.in_chans else None
-    return PretrainedViT(weights, name, args, tuple(vit.patch_embed.grid_size), known)
+    input_stats = mean_std if len(mean_std[0]) == vit.in_chans else None
+    return PretrainedViT(weights, name, args, tuple(vit.patch_embed.grid_size), input_stats)
 
 
 def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[str, Any]) -> PretrainedViT:
@@ -430,12 +454,13 @@ def _from_hugging_face(weights: dict[str, Tensor], folder: Path, config: dict[st
     """
     if config["model_type"] not in HUGGING_FACE_TYPES:
         supported = ", ".join(HUGGING_FACE_TYPES)
-        raise MapetError(f"{folder} holds a transformers model '{config['model_type']}'; supported are {supported}")
-    size = config.get("image_size", 224)
+        problem = f"{folder} holds a transformers model '{config['model_type']}'"
+        raise MapetError(f"{problem}: give one of {supported}")
+    size = config.get("image_size", DEFAULT_HF_IMAGE_SIZE)
     size = (size, size) if isinstance(size, int) else tuple(size)
-    known = {"num_heads": config["num_attention_heads"], "img_size": size}
-    eps = float(config.get("layer_norm_eps", 1e-12))  # the default of transformers' ViTs
-    vit = from_state_dict(weights, folder, known)._replace(eps=eps)
+    overrides = {"num_heads": config["num_attention_heads"], "img_size": size}
+    eps = float(config.get("layer_norm_eps", DEFAULT_HF_EPS))
+    vit = from_state_dict(weights, folder, overrides)._replace(eps=eps)
     if config.get("hidden_act", "gelu") != "gelu":
         vit = vit._replace(unsupported=(*vit.unsupported, f"activation '{config['hidden_act']}'"))
     processor, channels = folder / "preprocessor_config.json", config.get("num_channels", 3)
@@ -478,6 +503,9 @@ def _from_file(path: Path, overrides: Mapping[str, Any]) -> PretrainedViT:
 def find_backbone(path: Path) -> Path:
     """Return the model folder at `path`: itself, or the one in a (pre-training, fine-tuning or whole) run.
 
+    Args:
+        path: of a model folder or run.
+
     Raises:
         MapetError: there is none; the message says why, and how to get one.
     """
@@ -485,11 +513,11 @@ def find_backbone(path: Path) -> Path:
         if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS_FILES):
             return folder
     if not path.exists():
-        known = [*timm.list_models(VITS), *timm.list_models(VITS, pretrained=True)]
-        hint = _suggest_model(path.name, known, "timm:") if path.name == str(path) else ""
+        names = [*timm.list_models(VITS), *timm.list_models(VITS, pretrained=True)]
+        hint = _suggest_model(path.name, names, "timm:") if path.name == str(path) else ""
         raise MapetError(f"{path} does not exist: expected {SOURCES}{hint}")
-    has_begun = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
-    if has_begun and (run := find_config(path, ("run", "pretrain", "finetune"))):
+    has_checkpoints = any((folder / "checkpoints").is_dir() for folder in (path, path / "pretrain"))
+    if has_checkpoints and (run := find_config(path, ("run", "pretrain", "finetune"))):
         raise MapetError(f"{path} holds no backbone: {_explain_unfinished(path, *run)}")
     if seeds := sorted(path.glob("seed-*/model")):
         raise MapetError(f"{path} holds a model of each seed: give one of them, e.g. {seeds[0].parent}")

@@ -123,7 +123,7 @@ def from_state_dict(
         grid = _infer_grid(encoder, args, img_size)
     except KeyError as error:
         hint = "give the file with all weights of the encoder"
-        raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}; {hint}") from None
+        raise MapetError(f"{source}: not the weights of a whole ViT: it has no {error.args[0]}: {hint}") from None
     except ValueError as error:
         raise MapetError(f"{source}: {error}") from None
     return PretrainedViT(encoder, "vit_base_patch16_224", args, grid, None, None, unexpected, unsupported)
@@ -146,8 +146,10 @@ def remap_keys(weights: Mapping[str, Tensor], source: str | Path) -> tuple[Weigh
     """
     prefixes = [match[1] for name in weights if (match := PATCH_EMBED.fullmatch(name))]
     if not prefixes:
-        found = f"it has no patch_embed.proj.weight, but {first_names(list(weights))}"
-        raise MapetError(f"{source}: not a ViT in a supported layout: {found}. `docs/export.md` lists the layouts")
+        names = first_names(list(weights))
+        raise MapetError(
+            f"{source}: not a ViT in a supported layout: expected patch_embed.proj.weight, found {names}. `docs/export.md` lists the layouts"
+        )
     prefix = next((prefix for prefix in prefixes if "teacher" in prefix), prefixes[0])  # of the names of one ViT
     unexpected, unsupported = [name for name in weights if not name.startswith(prefix)], set()
     renamed = {}
@@ -212,17 +214,18 @@ def _infer_model_args(weights: Weights) -> dict[str, Any]:
     """
     patches = weights["patch_embed.proj.weight"]
     if patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
-        raise ValueError(f"its patch embedding has the shape {tuple(patches.shape)}; only square patches are supported")
+        shape = " x ".join(map(str, patches.shape))
+        raise ValueError(f"its patch embedding has the shape {shape}, expected square patches: give another ViT")
     width, channels, patch, _ = patches.shape
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
     if not depth:
         raise KeyError("blocks.0")
-    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
-    ratio = hidden / width
+    mlp_width = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    ratio = mlp_width / width
     class_token, fc_norm = "cls_token" in weights, "fc_norm.weight" in weights
     return {
         "embed_dim": width, "depth": depth, "num_heads": NUM_HEADS.get(width), "patch_size": patch, "in_chans": channels,
-        "mlp_ratio": ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # timm rounds down
+        "mlp_ratio": ratio if int(width * ratio) == mlp_width else (mlp_width + 0.5) / width,  # timm rounds down
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights, "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
         "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
         "class_token": class_token, "reg_tokens": weights["reg_token"].shape[1] if "reg_token" in weights else 0,
@@ -354,18 +357,18 @@ def _adapt_patch_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionT
         pixel_weight = adapt_input_conv(channels, pixel_weight, base_chans=old_channels)
         offset += (pixel_weight.sum(dim=(2, 3)) * mean).sum(1)
         weight = pixel_weight * std.view(-1, 1, 1)
-        changed = old_channels != channels
-        adapted = f"from {old_channels} to {channels} channels" if changed else "to mapet's normalization"
+        has_other_channels = old_channels != channels
+        change = f"from {old_channels} to {channels} channels" if has_other_channels else "to mapet's normalization"
         if not has_bias and "pos_embed" not in weights:
-            found = "the ViT's patch embedding has no bias, and the weights have no position embeddings"
-            fix = "Use other weights, or images with the weights' channels and normalization"
-            raise MapetError(f"the weights cannot be adapted {adapted}: {found}. {fix}")
+            reason = "the ViT's patch embedding has no bias, and the weights have no position embeddings"
+            hint = "Use other weights, or images with the weights' channels and normalization"
+            raise MapetError(f"the weights cannot be adapted {change}: {reason}. {hint}")
         if has_bias:
             weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + offset
         else:
             prefix, patches = weights["pos_embed"].tensor_split([-math.prod(checkpoint.grid)], dim=1)
             weights["pos_embed"] = torch.cat([prefix, patches + offset], dim=1)
-        notes.append(f"patch embedding adapted {adapted}")
+        notes.append(f"patch embedding adapted {change}")
     size = tuple(vit.patch_embed.patch_size)
     if tuple(weight.shape[2:]) != size:
         notes.append(f"patch embedding resampled from {format_size(weight.shape[2:])} to {format_size(size)} px")
@@ -413,8 +416,8 @@ def _adapt_pos_embed(weights: Weights, checkpoint: PretrainedViT, vit: VisionTra
         start += count
     if vit.pos_embed is None:
         if positions is not None:
-            found = f"the weights have {positions.shape[1]} position embeddings, but this ViT has none"
-            raise MapetError(f"{found}. Choose a ViT with learned position embeddings")
+            problem = f"the weights have {positions.shape[1]} position embeddings, but this ViT has none"
+            raise MapetError(f"{problem}. Choose a ViT with learned position embeddings")
     elif positions is None:
         weights["pos_embed"] = target["pos_embed"]
         notes.append("positions are new: the file has none")

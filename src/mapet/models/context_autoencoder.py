@@ -1,6 +1,6 @@
-"""CAE: the encoder runs on visible patches alone; a regressor predicts the latents of hidden ones, a decoder their targets.
+"""CAE: the encoder runs on visible patches alone; a regressor predicts the latents of masked ones, a decoder their targets.
 
-Sizes: B images, N patches, c context and p = N - c hidden ones; D embedding dimensions.
+Sizes: B images, N patches, c context and p = N - c masked ones; D embedding dimensions.
 """
 
 import math
@@ -53,8 +53,8 @@ class RegressorBlock(Block):
 class ContextAutoencoder(ViTForPreTraining):
     """Context autoencoder (arXiv 2202.03026, section 3; github.com/Atten4Vis/CAE, models/modeling_cae.py) over an unmodified timm ViT.
 
-    The latent regressor turns a mask token for each hidden patch into a prediction of the encoder's latent of that patch. The alignment
-    loss is their mean squared difference; the encoder's latents of hidden patches get no gradient. The decoder, blocks in which the
+    The latent regressor turns a mask token for each masked patch into a prediction of the encoder's latent of that patch. The alignment
+    loss is their mean squared difference; the encoder's latents of masked patches get no gradient. The decoder, blocks in which the
     predicted latents attend to each other, and the head predict the targets. docs/objectives.md lists the differences from the release.
 
     Attributes:
@@ -75,7 +75,7 @@ class ContextAutoencoder(ViTForPreTraining):
             vit: a ViT with learned absolute positions; it becomes the attribute `vit`, and is not copied.
             vocab_size: number of outputs of the head for a patch: V for the target 'tokens'; for 'pixels' or 'features' the number of values.
             num_context: c, number of visible patches, 0 to N - 1, of batches whose `num_context` is None.
-            num_predict: must be None, as all hidden patches are predicted.
+            num_predict: must be None, as all masked patches are predicted.
             target: what is predicted of a patch: 'tokens', 'pixels' or 'features'.
             separate_query_token: must be False, as CAE has no query tokens.
 
@@ -85,10 +85,10 @@ class ContextAutoencoder(ViTForPreTraining):
         """
         super().__init__(vit, vocab_size, CAE, num_context, None, target, separate_query_token)
         if num_predict is not None:
-            raise MapetError(f"objective 'cae' predicts all hidden patches at once: omit {option('num_predict')}")
+            raise MapetError(f"objective 'cae' predicts all masked patches at once: omit {option('num_predict')}")
         if vit.embed_dim % 4:
-            wrong = f"the ViT's width is {vit.embed_dim}, but objective 'cae' needs a multiple of 4 for its sine-cosine positions"
-            raise MapetError(f"{wrong}: choose another {option('model')}")
+            problem = f"the ViT's width is {vit.embed_dim}, but objective 'cae' needs a multiple of 4 for its sine-cosine positions"
+            raise MapetError(f"{problem}: choose another {option('model')}")
         norm = type(vit.blocks[0].norm1)
         self.regressor, self.decoder = _make_blocks(vit, RegressorBlock), _make_blocks(vit, Block)
         self.regressor_norm, self.decoder_norm = norm(vit.embed_dim), norm(vit.embed_dim)
@@ -97,9 +97,9 @@ class ContextAutoencoder(ViTForPreTraining):
 
     @property
     def drop_path_blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order in which a forward pass runs them, each with its own factors of stochastic depth.
+        """Return the blocks in the order in which a forward pass runs them, each with its own factors of stochastic depth.
 
-        The ViT's blocks come twice: they encode the context patches, then the hidden ones.
+        The ViT's blocks come twice: they encode the context patches, then the masked ones.
         """
         return [*self.vit.blocks, *self.vit.blocks, *self.regressor, *self.decoder]
 
@@ -107,7 +107,7 @@ class ContextAutoencoder(ViTForPreTraining):
         """Compute the loss of the targets plus `ALIGNMENT_WEIGHT` times the alignment loss, of regressor and encoder.
 
         Args:
-            batch: see `ViTForPreTraining.forward`; `target_indices` must be None, as all hidden patches are predicted.
+            batch: see `ViTForPreTraining.forward`; `target_indices` must be None, as all masked patches are predicted.
 
         Returns:
             As `ViTForPreTraining.forward`: loss, number of correct predictions, ... The alignment loss is in `loss`, not in
@@ -118,7 +118,7 @@ class ContextAutoencoder(ViTForPreTraining):
         return output._replace(loss=output.loss + ALIGNMENT_WEIGHT * alignment_loss)
 
     def encode(self, batch: Batch) -> Float[Tensor, "B p D"]:
-        """Return the rows from which the head predicts: the decoder's normalized outputs of the p hidden patches, in permutation order.
+        """Return the rows from which the head predicts: the decoder's normalized outputs of the p masked patches, in permutation order.
 
         Args:
             batch: see `forward_latents`.
@@ -126,26 +126,26 @@ class ContextAutoencoder(ViTForPreTraining):
         return self.forward_latents(batch)[0]
 
     def forward_latents(self, batch: Batch) -> tuple[Float[Tensor, "B p D"], Float[Tensor, ""]]:
-        """Encode the c context patches, predict the latents of the p hidden ones by the regressor, and decode these.
+        """Encode the c context patches, predict the latents of the p masked ones by the regressor, and decode these.
 
         Args:
             batch: normalized `images`, `permutation`, and optionally `num_context` and `drop_path_rand`; see `ViTForPreTraining.forward`.
 
         Returns:
-            (the decoder's normalized output of the hidden patches, in permutation order; the alignment loss: mean squared difference of
-            the regressor's normalized output from the encoder's latents of the hidden patches, which have no gradient)
+            (the decoder's normalized output of the masked patches, in permutation order; the alignment loss: mean squared difference of
+            the regressor's normalized output from the encoder's latents of the masked patches, which have no gradient)
         """
         assert batch.permutation is not None
         c = self.num_context if batch.num_context is None else batch.num_context
-        context, hidden = batch.permutation[:, :c], batch.permutation[:, c:]
+        context, masked = batch.permutation[:, :c], batch.permutation[:, c:]
         # An iterator: the ViT (twice), the regressor and the decoder each take the factors of their own blocks, in this order.
         scales = iter(drop_path_scales(self.drop_path_blocks, batch.drop_path_rand, self.mask_token))
         context_latents = self.encode_patches(batch, context, scales)
         with torch.no_grad():
-            target_latents = self.encode_patches(batch, hidden, scales)
-        all_positions = self.positions.to(self.mask_token.dtype).expand(len(hidden), -1, -1)
+            target_latents = self.encode_patches(batch, masked, scales)
+        all_positions = self.positions.to(self.mask_token.dtype).expand(len(masked), -1, -1)
         positions = gather_patches(all_positions, batch.permutation)
-        rows = self.mask_token.expand(*hidden.shape, -1)
+        rows = self.mask_token.expand(*masked.shape, -1)
         for block, scale in zip(self.regressor, scales):  # noqa: B905
             rows = run_block(regressor_block_forward, block, rows, context_latents, positions, scale)
         rows = self.regressor_norm(rows)
@@ -158,16 +158,16 @@ class ContextAutoencoder(ViTForPreTraining):
     def encode_patches(
         self, batch: Batch, indices: Int[Tensor, "B n"], scales: Iterator[DropPathScale]
     ) -> Float[Tensor, "B n D"]:
-        """Run the ViT on its prefix tokens and n patches of each image, which attend to each other and to no other patch.
+        """Encode n patches of each image by the ViT: they and the prefix tokens attend to each other, and to no other patch.
 
         Args:
-            batch: its `images`, normalized, are used; all their patches are embedded.
+            batch: only its normalized `images` are used.
             indices: row-major indices of the n patches of each image.
-            scales: factors of stochastic depth, one item for each block of a forward pass (see `DropPathScale`); an item for each of the
-                ViT's blocks is taken from it, so that the iterator continues with the factors of the network that runs next.
+            scales: drop-path scales of the blocks, in the order of a forward pass. One is taken for each of the ViT's blocks: the caller
+                passes the same iterator on to the network that runs next.
 
         Returns:
-            Outputs of the ViT's final norm for the n patches, in the order of `indices`, without the prefix tokens.
+            Latents of the n patches, in the order of `indices`: the ViT's output after its final norm, without prefix tokens.
         """
         vit = self.vit
         assert batch.images is not None
@@ -194,20 +194,20 @@ def regressor_block_forward(
     block: RegressorBlock, rows: Float[Tensor, "B p D"], context_latents: Float[Tensor, "B c D"],
     positions: Float[Tensor, "B N D"], scale: DropPathScale,
 ) -> Float[Tensor, "B p D"]:  # fmt: skip
-    """Run a block of the regressor, in which the rows of hidden patches attend to the latents of the context and to each other.
+    """Run a block of the regressor, in which the rows of masked patches attend to the latents of the context and to each other.
 
     Positions are added before the norms of queries and keys, not to values or the rows. Unlike in timm's Block, the output of `norm2` is
     not only the MLP's input but also what the MLP branch is added to.
 
     Args:
         block: of the regressor.
-        rows: of the p hidden patches: in the first block mask tokens, then the output of the block before.
+        rows: of the p masked patches: in the first block mask tokens, then the output of the block before.
         context_latents: the encoder's outputs of the c visible patches, without prefix tokens, the same in all blocks.
-        positions: of the c visible patches, then of the p hidden ones.
+        positions: of the c visible patches, then of the p masked ones.
         scale: (2, B, 1, 1) factors of stochastic depth of the attention and of the MLP branch; None: the block draws them.
 
     Returns:
-        Outputs of the block for the hidden patches; those of the context are not computed.
+        Outputs of the block for the masked patches; those of the context are not computed.
     """
     values = torch.cat([context_latents, rows], dim=1)
     q, k = block.norm1(rows + positions[:, context_latents.shape[1] :]), block.norm_k(values + positions)
@@ -227,6 +227,9 @@ def _make_blocks(vit: VisionTransformer, kind: type[Block]) -> nn.ModuleList:
     Args:
         vit: its blocks are alike but for their drop-path rates.
         kind: `RegressorBlock`, or timm's Block for the decoder.
+
+    Returns:
+        The blocks.
     """
     first, max_drop_path = vit.blocks[0], getattr(vit.blocks[-1].drop_path1, "drop_prob", 0.0)
     options = {

@@ -18,10 +18,11 @@ from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from mapet.data.views import input_mean_std
-from mapet.errors import MapetError, install_hint, option
+from mapet.errors import MapetError, first_line, install_hint, option
 from mapet.files import write_tensors
 from mapet.models.backbone import READ_OPTIONS, get_read_options, save_backbone
 from mapet.models.checkpoint_conversion import fold_layer_scale
+from mapet.weights import first_names
 
 ONNX_OPSET = 20
 """The first version of ONNX's operators that has GELU."""
@@ -89,7 +90,9 @@ def require_packages(name: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise MapetError(f"{option('format')} {name} needs {module} ({error}): {install_hint('export')}") from None
+            raise MapetError(
+                f"{option('format')} {name} needs {module} ({first_line(error)}): {install_hint('export')}"
+            ) from None
 
 
 @contextmanager
@@ -286,6 +289,9 @@ def _to_transformers(vit: VisionTransformer, kind: Architecture) -> dict[str, Te
 def read_transformers(folder: Path) -> dict[str, Forward]:
     """Load an exported folder by `from_pretrained` of the transformers class that its config.json names.
 
+    Args:
+        folder: of the export.
+
     Returns:
         'transformers, CLASS' -> function that computes the outputs ('features', and 'logits' with a classifier) of normalized
         images (B, C, H, W).
@@ -299,12 +305,15 @@ def read_transformers(folder: Path) -> dict[str, Forward]:
     transformers.utils.logging.disable_progress_bar()
     with _suppress_output():
         model, loading = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
-    if different := {key: loading[key] for key in loading if key.endswith("_keys") and loading[key]}:
-        found = f"the weights in {folder} are not those that {class_name} of transformers expects: {different}"
-        raise MapetError(f"{found}. Update transformers and export again, or choose another {option('format')}")
+    mismatched = {key.removesuffix("_keys"): sorted(map(str, loading[key])) for key in loading if key.endswith("_keys")}
+    if any(mismatched.values()):
+        different = "; ".join(f"{kind}: {first_names(names)}" for kind, names in mismatched.items() if names)
+        problem = f"the weights in {folder} are not those that {class_name} of transformers expects: {different}"
+        raise MapetError(f"{problem}. Update transformers and export again, or choose another {option('format')}")
 
     @torch.inference_mode()
     def forward(pixels: Tensor) -> Outputs:
+        """Compute the outputs of normalized images."""
         outputs = {"features": model.eval().base_model(pixels).last_hidden_state}
         return outputs if class_name == "ViTModel" else outputs | {"logits": model(pixels).logits}
 

@@ -1,6 +1,6 @@
 """Packed segments: one sequence of tokens, one attention mask for the whole batch, and attention under that mask.
 
-Sizes: B images of N patches, of which the first c of the permutation are context and p = N - c are hidden (predicted); R rows
+Sizes: B images of N patches, of which the first c of the permutation are context and p = N - c are masked (predicted); R rows
 in the packed sequence, of which the first C have keys and values; D = h x d embedding dimensions in h heads.
 """
 
@@ -17,7 +17,7 @@ from mapet.errors import MapetError, option
 from mapet.models.objectives import Objective, Segment
 
 TargetIndices = Int[Tensor, " m"]
-"""Which of the p hidden patches are predicted: ascending indices, 0 to p - 1, in permutation order."""
+"""Which of the p masked patches are predicted: ascending indices, 0 to p - 1, in permutation order."""
 
 
 class QueryBlock(NamedTuple):
@@ -56,7 +56,7 @@ class PackedLayout(NamedTuple):
     output_blocks: list[QueryBlock]
 
     @classmethod
-    def from_counts(cls, objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> "PackedLayout":
+    def from_counts(cls, objective: Objective, num_prefix: int, num_context: int, num_masked: int) -> "PackedLayout":
         """Lay out the packed sequence of an objective: its segments (context, mask tokens, ...) one after another.
 
         Segments that something attends to come first; their num_kv rows have keys and values, the rows behind them queries alone.
@@ -65,7 +65,7 @@ class PackedLayout(NamedTuple):
             objective: says which segments are packed, in which order, and which attends to which.
             num_prefix: number of class and register tokens of the ViT, which are in the context segment.
             num_context: c, number of context patches.
-            num_hidden: p, number of patches to predict.
+            num_masked: p, number of patches to predict.
 
         Returns:
             The layout, with tensors on the CPU.
@@ -73,8 +73,8 @@ class PackedLayout(NamedTuple):
         Raises:
             MapetError: a row would attend to nothing at all, see `attention_mask`.
         """
-        lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
-        mask = attention_mask(objective, num_prefix, num_context, num_hidden)
+        lengths = segment_lengths(objective, num_prefix, num_context, num_masked)
+        mask = attention_mask(objective, num_prefix, num_context, num_masked)
         attended = {column for columns in objective.attends_to.values() for column in columns}
         num_kv = sum(length for segment, length in lengths.items() if segment in attended)
         ends = dict(zip(lengths, accumulate(lengths.values()), strict=True))
@@ -87,16 +87,16 @@ class PackedLayout(NamedTuple):
 
     @property
     def queries_only(self) -> bool:
-        """Whether nothing attends to the output rows, so that those of patches that aren't predicted may be omitted."""
+        """Return whether nothing attends to the output rows, so that those of patches that aren't predicted may be omitted."""
         return self.output_rows.start >= self.num_kv
 
 
-def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> dict[Segment, int]:
-    """Return the number of rows of each packed segment, in packing order: num_prefix + num_context for 'context', else num_hidden."""
-    return {name: num_prefix + num_context if name == "context" else num_hidden for name in objective.attends_to}
+def segment_lengths(objective: Objective, num_prefix: int, num_context: int, num_masked: int) -> dict[Segment, int]:
+    """Return the number of rows of each packed segment, in packing order: num_prefix + num_context for 'context', else num_masked."""
+    return {name: num_prefix + num_context if name == "context" else num_masked for name in objective.attends_to}
 
 
-def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_hidden: int) -> Bool[Tensor, "R R"]:
+def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_masked: int) -> Bool[Tensor, "R R"]:
     """Return the attention mask of a packed sequence: True where the row's token attends to the column's.
 
     Rows and columns are the objective's segments in packing order (the context segment of num_prefix + c tokens, any other of p), so
@@ -107,13 +107,13 @@ def attention_mask(objective: Objective, num_prefix: int, num_context: int, num_
         objective: which segments are packed, in which order, and which attends to which by what rule.
         num_prefix: number of class and register tokens, which are in the context segment.
         num_context: c, number of context patches.
-        num_hidden: p, number of patches to predict.
+        num_masked: p, number of patches to predict.
 
     Raises:
         MapetError: a row attends to nothing at all (the first query of objective 'pim' when there is no context and no prefix token).
     """
-    lengths = segment_lengths(objective, num_prefix, num_context, num_hidden)
-    i, j = torch.arange(num_hidden)[:, None], torch.arange(num_hidden)[None, :]
+    lengths = segment_lengths(objective, num_prefix, num_context, num_masked)
+    i, j = torch.arange(num_masked)[:, None], torch.arange(num_masked)[None, :]
     ordered = {"before": j < i, "up to": j <= i, "from": j >= i, "after": j > i}
 
     def segment_mask(row: Segment, column: Segment) -> Bool[Tensor, "r c"]:
@@ -164,13 +164,13 @@ def pack(
     """Embed images and assemble the packed sequence of a pre-training objective, the input of the ViT's first block.
 
     The permutation of an image is the order in which its patches are predicted: the first c patches are context, the other p = N - c
-    are hidden. The sequence is the concatenation of these segments, those in `segment_lengths`, R tokens in all:
+    are masked. The sequence is the concatenation of these segments, those in `segment_lengths`, R tokens in all:
 
         context  prefix tokens (class, registers) and the c context patches: content + position
-        target   the hidden patches: content + position
-        mask     for each hidden patch the mask token + its position
-        query    for each hidden patch the query token + its position
-        next     for each hidden patch the content + position of the patch before it in the permutation, + its own position
+        target   the masked patches: content + position
+        mask     for each masked patch the mask token + its position
+        query    for each masked patch the query token + its position
+        next     for each masked patch the content + position of the patch before it in the permutation, + its own position
 
     Args:
         vit: its patch embedding, prefix tokens, position embeddings and `norm_pre` are used, as in fine-tuning.
@@ -179,7 +179,7 @@ def pack(
         images: normalized, in the dtype of the ViT.
         permutation: row-major patch indices of each image, on the device of `images`.
         segment_lengths: segment -> number of tokens, in packing order; that of 'context' (prefix tokens + c) tells c.
-        target_indices: which m of the p hidden patches are predicted, as ascending indices from 0 in the order of the permutation: the
+        target_indices: which m of the p masked patches are predicted, as ascending indices from 0 in the order of the permutation: the
             query segment has only these. None: all.
 
     Returns:
@@ -194,7 +194,7 @@ def pack(
     content = gather_patches(patches, permutation)  # (B, N, D), all patches in the order of the permutation
 
     def add_hidden_positions(tokens: Float[Tensor, "#B #p D"]) -> Float[Tensor, "B p D"]:
-        """Add the positions of the hidden patches, with the ViT's dropout of embeddings."""
+        """Add the positions of the masked patches, with the ViT's dropout of embeddings."""
         return vit.pos_drop(tokens + hidden_positions).to(content.dtype)
 
     segments: dict[Segment, Tensor] = {}
@@ -204,7 +204,7 @@ def pack(
         elif name == "target":
             rows = content[:, c:]
         elif name == "next":
-            # Before the first hidden patch is the last context patch, or a mask token if there is no context.
+            # Before the first masked patch is the last context patch, or a mask token if there is no context.
             start = content[:, c - 1 : c] if c else mask_token.expand(len(content), -1, -1)
             rows = add_hidden_positions(torch.cat([start, content[:, c:-1]], dim=1))
         elif name == "query" and query_token is not None:

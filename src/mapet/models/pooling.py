@@ -38,8 +38,8 @@ def pool_tokens(
     """
     if pool == "cls":
         if prefix is None:
-            wrong = f"{option('pool', pool)} takes the class token, but these layers of the model have none"
-            raise MapetError(f"{wrong}: use {option('pool', 'mean')}", field="pool", value=pool)
+            problem = f"{option('pool', pool)} takes the class token, but these layers of the model have none"
+            raise MapetError(f"{problem}: use {option('pool', 'mean')}", field="pool", value=pool)
         return prefix[:, 0].float()
     rows, columns = (min(CELLS[pool], side) for side in grid.shape[2:])
     return F.adaptive_avg_pool2d(grid.float(), (rows, columns)).flatten(1)
@@ -63,8 +63,8 @@ def resolve_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
     count = len(model.feature_info)  # type: ignore[arg-type]
     for layer in layers:
         if not -count <= layer < count:
-            found = f"{option('layers', layer)}: this {type(model).__name__} has {count} layers"
-            raise MapetError(f"{found}, give 0 to {count - 1}, or -{count} to -1", field="layers", value=layer)
+            problem = f"{option('layers', layer)}: this {type(model).__name__} has {count} layers"
+            raise MapetError(f"{problem}, give 0 to {count - 1}, or -{count} to -1", field="layers", value=layer)
     return sorted({layer % count for layer in layers})
 
 

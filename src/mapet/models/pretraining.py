@@ -1,6 +1,6 @@
 """A timm VisionTransformer that learns an objective: pack the segments, run its blocks under the attention mask, predict.
 
-Sizes: B images, N patches, c context and p = N - c hidden ones, of which m are predicted; V tokens, D embedding dimensions,
+Sizes: B images, N patches, c context and p = N - c masked ones, of which m are predicted; V tokens, D embedding dimensions,
 F values of a regression target; R rows in the packed sequence, of which the first C have keys and values.
 """
 
@@ -21,6 +21,8 @@ from mapet.errors import MapetError, option
 from mapet.models.objectives import Objective
 from mapet.models.packing import PackedLayout, QueryBlock, TargetIndices, gather_patches, pack, two_stream_attention
 
+MAE_EPS = 1e-6
+"""Added to the variance of a patch's pixels, as in MAE."""
 INIT_STD = 0.02
 """Standard deviation of the first mask token and head weights (BEiT's)."""
 TargetKind = Literal["tokens", "pixels", "features"]
@@ -186,7 +188,7 @@ def normalized_patches(images: Float[Tensor, "B C H W"], grid: tuple[int, int]) 
     """
     blocks = images.unflatten(2, (grid[0], -1)).unflatten(4, (grid[1], -1))  # (B, C, rows, height, columns, width)
     patches = blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()  # epsilon: MAE's
+    return (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + MAE_EPS).sqrt()
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ class ViTForPreTraining(nn.Module):
             vocab_size: number of outputs of the head for a patch: V for tokens, F for the other targets.
             objective: which segments (context, mask tokens, ...) are packed into one sequence, and which attends to which.
             num_context: c, number of patches in the context, from 0 to N - 1, of batches whose `num_context` is None.
-            num_predict: m: `sample_target_indices` draws so many of the p = N - c hidden patches for a training step, an unbiased
+            num_predict: m: `sample_target_indices` draws so many of the p = N - c masked patches for a training step, an unbiased
                 estimate of the same loss from fewer rows. None: all are predicted.
             target: what is predicted of a patch: 'tokens' (ids), 'pixels' (normalized within the patch) or 'features' (the teacher's).
             separate_query_token: give query tokens a parameter of their own, which starts as a copy of the mask token.
@@ -252,15 +254,15 @@ class ViTForPreTraining(nn.Module):
         super().__init__()
         num_patches = vit.patch_embed.num_patches
         if not 0 <= num_context < num_patches:
-            expected = f"an image has {num_patches} patches, so 0 to {num_patches - 1}"
-            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) are out of range: {expected}")
-        num_hidden = num_patches - num_context
-        if num_predict is not None and not 1 <= num_predict <= num_hidden:
-            expected = f"{num_hidden} patches are hidden, so 1 to {num_hidden}"
-            raise MapetError(f"{option('num_predict', num_predict)} is out of range: {expected}")
+            expected = f"an image has {num_patches} patches: give 0 to {num_patches - 1}"
+            raise MapetError(f"{num_context} context patches ({option('mask_ratio')}) are out of range, {expected}")
+        num_masked = num_patches - num_context
+        if num_predict is not None and not 1 <= num_predict <= num_masked:
+            expected = f"{num_masked} patches are masked: give 1 to {num_masked}"
+            raise MapetError(f"{option('num_predict', num_predict)} is out of range, {expected}")
         if vit.pos_embed is None:
-            found = "the ViT has no position embeddings (timm: pos_embed 'none'), which are added to mask tokens"
-            raise MapetError(f"{found}: choose another {option('model')} or {option('model_args')}")
+            problem = "the ViT has no position embeddings (timm: pos_embed 'none'), which are added to mask tokens"
+            raise MapetError(f"{problem}: choose another {option('model')} or {option('model_args')}")
         if separate_query_token and "query" not in objective.attends_to:
             raise MapetError(f"objective '{objective.name}' has no query tokens: omit {option('separate_query_token')}")
         self.vit, self.objective = vit, objective
@@ -282,12 +284,12 @@ class ViTForPreTraining(nn.Module):
 
     @property
     def drop_path_blocks(self) -> Sequence[nn.Module]:
-        """Blocks in the order in which a forward pass runs them: `Batch.drop_path_rand` has two numbers for each."""
+        """Return the blocks in the order in which a forward pass runs them: `Batch.drop_path_rand` has two numbers for each."""
         return list(self.vit.blocks)
 
     @property
-    def num_hidden(self) -> int:
-        """p = N - c, for the model's own c."""
+    def num_masked(self) -> int:
+        """Return p = N - c, for the model's own c."""
         return self.num_patches - self.num_context
 
     def layout(self, num_context: int | None = None) -> PackedLayout:
@@ -316,7 +318,7 @@ class ViTForPreTraining(nn.Module):
         Args:
             batch: normalized `images` (B, C, H, W); `targets`, for each patch in row-major order its token id (B, N) or regression vector
                 (B, N, F); and `permutation` (B, N), patch indices, of which the first c are context and the others are predicted in this
-                order. Optional: `num_context` (c; None: the model's own), `target_indices` (m indices, which of the hidden patches are
+                order. Optional: `num_context` (c; None: the model's own), `target_indices` (m indices, which of the masked patches are
                 predicted; None: all), `drop_path_rand` (random numbers of stochastic depth; None: drawn by the blocks).
 
         Returns:
@@ -365,7 +367,7 @@ class ViTForPreTraining(nn.Module):
         self._cross_entropy = torch.compile(cross_entropy_with_grad, dynamic=False)
 
     def sample_target_indices(self, num_context: int, seed: list[int]) -> TargetIndices | None:
-        """Draw which m of the p hidden patches a step predicts, on the CPU; None where all are predicted.
+        """Draw which m of the p masked patches a step predicts, on the CPU; None where all are predicted.
 
         Args:
             num_context: c of the step; m must be at most N - c.
@@ -391,7 +393,7 @@ class ViTForPreTraining(nn.Module):
         """
         assert batch.images is not None and batch.permutation is not None
         # `layout` says where the segments are, which rows predict (`output_rows`), and which rows attend to which; `indices`: which
-        # m of the p hidden patches are predicted, None for all.
+        # m of the p masked patches are predicted, None for all.
         layout, indices = self.layout(batch.num_context), batch.target_indices
         images, tokens = batch.images.to(self.mask_token.dtype), (self.mask_token, self.query_token)
         rows = self._pack(self.vit, *tokens, images, batch.permutation, layout.segment_lengths, indices)

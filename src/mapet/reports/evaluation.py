@@ -29,13 +29,15 @@ def write_evaluation(out: Path, results: Results, info: Mapping[str, str], verdi
         info: name -> text, about the data and the machine, listed at the top.
         verdicts: backbones against the best control.
     """
-    counts = {
-        (source, name): classes
-        for source, protocols in results.items()
-        for result in protocols.values()
-        for name, classes in result.per_class.items()
+    counts: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for source, by_protocol in results.items():
+        for result in by_protocol.values():
+            counts |= {(source, name): classes for name, classes in result.per_class.items()}
+    errors = {
+        source: by_protocol["corruptions"].details["errors"]
+        for source, by_protocol in results.items()
+        if "corruptions" in by_protocol
     }
-    errors = {source: own["corruptions"].details["errors"] for source, own in results.items() if "corruptions" in own}
     # errors: backbone -> corruption -> error rates; counts: (backbone, metric) -> class -> counts
     text = render(
         "evaluation.md", info=info, verdicts=verdicts, results=results, metrics=format_table(results, format_metric), counts=counts,

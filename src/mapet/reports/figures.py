@@ -84,6 +84,7 @@ def plot_run(
         inspected: tokens of the sample, and the model's predictions, attention and features of its first images.
         model: on `compute.device`.
         images: all images: for a fixed sample of them, held-out images, their nearest training images and a linear probe are computed.
+        compute: device and precision.
 
     Returns:
         Name -> figure: "token_maps", "patches_by_code", "attention_mask", "features"; "predictions" if the model predicts tokens;
@@ -127,18 +128,18 @@ def step_through(inspected: ModelInspection, names: Sequence[str], objective: Ob
         objective: of the model; its `attends_to` maps each segment of the packed sequence to the segments that it attends to.
 
     Returns:
-        "grid": rows, columns of patches; "size": height, width in pixels; "hidden": number of masked patches, 0 if no tokens are
-        predicted; "sees_targets": whether predictions attend to the true patches predicted before them (segments "target" and "next"
-        hold these); "sees_positions": whether they attend to mask tokens, which hold the positions of patches not yet predicted;
+        "grid": rows, columns of patches; "size": height, width in pixels; "num_masked": number of masked patches, 0 if no tokens are
+        predicted; "attends_to_targets": whether predictions attend to the true patches predicted before them (segments "target" and "next"
+        hold these); "attends_to_positions": whether they attend to mask tokens, which hold the positions of patches not yet predicted;
         "images": see `_image_data`.
     """
     prototypes = plots.mean_patches(*patches_and_tokens(inspected.sample), inspected.sample.vocab_size)
     return {
         "grid": list(inspected.sample.grid),
         "size": list(inspected.images.shape[2:]),
-        "hidden": 0 if inspected.logits is None else inspected.logits.shape[1],
-        "sees_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
-        "sees_positions": "mask" in objective.attends_to,
+        "num_masked": 0 if inspected.logits is None else inspected.logits.shape[1],
+        "attends_to_targets": any("target" in row or "next" in row for row in objective.attends_to.values()),
+        "attends_to_positions": "mask" in objective.attends_to,
         "images": [_image_data(inspected, index, name, prototypes) for index, name in enumerate(names)],
     }
 

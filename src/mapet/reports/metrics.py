@@ -18,6 +18,16 @@ EARLY = 0.1
 """Fraction of the planned epochs in which a run may stay at the baselines: warm-up is no failure."""
 FEW_STEPS = 1000
 """Below so many steps the advice for a run at a baseline is to train longer."""
+MAX_BASELINE_FACTOR = 1.5
+"""Token accuracies below the majority baseline times this are near it, where the most frequent of thousands of tokens is rare."""
+MIN_RISE, LOSS_ROUNDING = 0.1, 0.001
+"""By which fraction of its lowest value a loss must rise for a warning, and by how much at least: less may be rounding."""
+MANY_CLIPPED, SLOW_LOADING = 0.5, 0.25
+"""Fraction of gradients that are clipped, and of the time that training waits for images, from which on a warning is given."""
+MIN_FALL, MIN_GAIN = 0.03, 0.01
+"""By how much a probe's accuracy must fall, more than the noise of a small test set, or gain, for no warning."""
+TOO_EASY, DOMINANT_CODE = 0.95, 0.5
+"""Token accuracy, and fraction of patches with one code, from which on a warning is given."""
 NEAR_BASELINE = 0.01
 """A token accuracy within 1 point of its baseline, or a loss within 1 % of it, counts as no better."""
 NUM_RECENT = 5
@@ -92,7 +102,7 @@ class History:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Steps of an epoch, by the newest record that has an epoch; None without one."""
+        """Return the steps of an epoch, by the newest record that has an epoch; None without one."""
         steps, epochs = self["epoch"]
         return steps[-1] / epochs[-1] if epochs and epochs[-1] else None
 
@@ -201,7 +211,7 @@ class RunSummary(NamedTuple):
     probe: Mapping[str, Any] = {}
 
     def can_diagnose(self, series: Series) -> bool:
-        """Return whether a metric can be evaluated: it has `MIN_RECORDS` records, and the fraction `EARLY` of the planned epochs is over.
+        """Return whether a metric may be warned of: it has `MIN_RECORDS` records, and the fraction `EARLY` of the planned epochs is over.
 
         Without a recorded epoch, or a planned number of epochs, the records alone decide.
         """
@@ -224,17 +234,20 @@ def diagnose(run: RunSummary) -> list[str]:
 
 
 def advise_to_evaluate(run: RunSummary) -> str:
-    """Return how to evaluate a finished run that no probe has evaluated: its images have no labels, or its option `probe_every` is 0.
+    """Advise how to evaluate a finished run that no probe has evaluated: because its option `probe_every` is 0, or for want of labels.
+
+    Args:
+        run: its config, metrics and probes.
 
     Returns:
-        Sentences with the command; '' if a probe has evaluated the run, if it is not finished, or if it has too few records.
+        Sentences with the reason and the command; '' if a probe has evaluated the run, it is not finished, or it has too few records.
     """
     epochs, steps_per_epoch = float(run.config.get("epochs") or 0), run.history.steps_per_epoch
     finished = steps_per_epoch is not None and run.history.last_step >= round(epochs * steps_per_epoch)
     probed = run.probe or run.history["probe/logistic"].values
     if probed or not finished or not run.can_diagnose(run.history["loss"]):
         return ""
-    return render_macro("diagnostics.md", "no_labels", run.config)
+    return render_macro("diagnostics.md", "not_probed", run.config)
 
 
 def _check_baselines(run: RunSummary) -> Iterator[Finding]:
@@ -253,7 +266,9 @@ def _check_baselines(run: RunSummary) -> Iterator[Finding]:
     if majority and run.can_diagnose(accuracy):
         mean, baseline = history.mean_of_last_epoch("token_accuracy"), majority[-1]
         # below the baseline + 1 point; if the most frequent of thousands of tokens is rarer than 2 %, below 1.5 times the baseline
-        if max(mean, fmean(accuracy.values[-NUM_RECENT:])) < min(baseline + NEAR_BASELINE, 1.5 * baseline):
+        if max(mean, fmean(accuracy.values[-NUM_RECENT:])) < min(
+            baseline + NEAR_BASELINE, MAX_BASELINE_FACTOR * baseline
+        ):
             yield "accuracy_at_baseline", (run.config, few_steps, mean, baseline)
     if unigram and run.can_diagnose(loss):
         mean, baseline = history.mean_of_last_epoch("loss"), unigram[-1]
@@ -274,13 +289,13 @@ def _check_stability(run: RunSummary) -> Iterator[Finding]:
         width = max(1, len(losses) // 10)
         lowest = min(fmean(losses[i : i + width]) for i in range(0, len(losses) - width + 1, width))
         latest = fmean(losses[-width:])
-        if latest >= lowest + max(0.1 * abs(lowest), 0.001):  # by 10 %, and not by rounding alone
+        if latest >= lowest + max(MIN_RISE * abs(lowest), LOSS_ROUNDING):
             yield "loss_rises", (latest, lowest)
     if skipped.values and skipped.values[-1]:
         yield "skipped_steps", (skipped.values[-1], skipped.steps[-1])
     if max_norm and len(norms) >= 2 * MIN_RECORDS:
         later_norms = norms[len(norms) // 2 :]  # the first half may be large: warm-up
-        if (fraction := fmean(norm > max_norm for norm in later_norms)) >= 0.5:
+        if (fraction := fmean(norm > max_norm for norm in later_norms)) >= MANY_CLIPPED:
             yield "mostly_clipped", (max_norm, fraction, median(later_norms))
 
 
@@ -294,7 +309,7 @@ def _check_throughput(run: RunSummary) -> Iterator[Finding]:
     wait_fractions, speeds = run.history["data_time_fraction"].values, run.history["images_per_second"].values
     if len(wait_fractions) >= MIN_RECORDS:
         fraction = median(wait_fractions[len(wait_fractions) // 4 :])  # loaders start slowly
-        if fraction >= 0.25:
+        if fraction >= SLOW_LOADING:
             yield "slow_data_loading", (fraction,)
     if len(speeds) >= 4 * MIN_RECORDS:
         quarter = len(speeds) // 4
@@ -313,9 +328,9 @@ def _check_probes(run: RunSummary) -> Iterator[Finding]:
     steps, scores = run.history["probe/logistic"]
     if len(scores) >= 3:
         best, latest = max(scores), scores[-1]
-        if best - latest >= 0.03:  # 3 points: more than the noise of a small test set
+        if best - latest >= MIN_FALL:
             yield "probe_falls", (best, steps[scores.index(best)], latest)
-        elif max(scores[1:]) - scores[0] < 0.01:
+        elif max(scores[1:]) - scores[0] < MIN_GAIN:
             yield "probe_stands_still", (scores[0], latest)
     for verdict in run.probe.get("verdicts", ()):
         if not verdict["is_ahead"]:
@@ -330,10 +345,10 @@ def _check_tokens(run: RunSummary) -> Iterator[Finding]:
         of the patches.
     """
     accuracies, stats = run.history["token_accuracy"].values, run.codebook_stats
-    if len(accuracies) >= MIN_RECORDS and (accuracy := fmean(accuracies[-NUM_RECENT:])) >= 0.95:
+    if len(accuracies) >= MIN_RECORDS and (accuracy := fmean(accuracies[-NUM_RECENT:])) >= TOO_EASY:
         yield "too_easy", (accuracy,)
     num_used, num_dead = stats.get("num_used_codes") or 0, stats.get("num_dead_codes") or 0
     if num_dead > num_used / 4:  # more than a fifth of the codebook
         yield "dead_codes", (num_dead, num_used + num_dead)
-    if (fraction := stats.get("top_code_fraction") or 0) >= 0.5:
+    if (fraction := stats.get("top_code_fraction") or 0) >= DOMINANT_CODE:
         yield "dominant_code", (fraction,)

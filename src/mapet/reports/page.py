@@ -18,6 +18,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 from PIL import Image
 
 from mapet import distributed
+from mapet.errors import first_line
 from mapet.files import write_text
 from mapet.reports.metrics import History, downsample
 from mapet.reports.render import render, render_macro
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("mapet")
 MAX_BYTES = 4_800_000
 """Bytes of a report's HTML, just under 5 MB, that figures and step-throughs are fitted to; text, tables and curves are never omitted."""
+DPI = 120
+"""Dots per inch of figures in the page."""
+MIN_POINTS = 50
+"""Points of a curve that show its course, whatever the number of runs."""
 MAX_POINTS = 8_000
 """Most points of one metric's curves, of all runs of a page together."""
 IMAGE_MARKUP_BYTES = 1500
@@ -68,9 +73,9 @@ class EmbeddedImage(NamedTuple):
 
 
 def rasterize(figure: "Figure") -> Image.Image:
-    """Render a matplotlib figure as an RGB image, at 120 dpi."""
+    """Render a matplotlib figure as an RGB image, at `DPI`."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=DPI)
     return Image.open(file, formats=["PNG"]).convert("RGB")
 
 
@@ -86,7 +91,9 @@ def open_images(paths: Iterable[Path]) -> dict[str, Image.Image]:
             with Image.open(path, formats=["PNG"]) as image:
                 images[path.stem] = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            log.warning("the report omits %s: %s. Redraw it with `mapet report RUN --out NEW.html`", path, error)
+            log.warning(
+                "the report omits %s: %s. Redraw it with `mapet report RUN --out NEW.html`", path, first_line(error)
+            )
     return {name: images[name] for name in sorted(images, key=lambda name: [*FIGURE_ORDER, name].index(name))}
 
 
@@ -98,6 +105,9 @@ def embed_images(images: Mapping[str, Image.Image], max_bytes: int) -> list[Embe
     Args:
         images: name -> image; the order is kept.
         max_bytes: length of all data URIs together.
+
+    Returns:
+        The images that fit, in their order.
     """
 
     def embed(name: str, image: Image.Image, scale: float, quality: int) -> EmbeddedImage:
@@ -159,12 +169,12 @@ def render_page(runs: Sequence[RunView], live: bool = False) -> str:
 
 
 def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
-    """Return the variables of the template run.html, with as many step-throughs and figures as fit into `MAX_BYTES`.
+    """Return the variables of the template run.html, with step-throughs and figures as far as `MAX_BYTES` leaves room for them.
 
-    If the page is larger than that without any figure, step-throughs (viewers of single predictions) are omitted, beginning with the
-    first run, until it fits. The bytes that are left are divided equally among the runs; the figures of a run are encoded smaller, and
-    then its last ones omitted, until they fit into its part. The notes of a run say what is omitted. Text, tables and curves are never
-    omitted, so that a page of very many runs may still be larger than `MAX_BYTES`.
+    `MAX_BYTES` limits step-throughs and figures alone: text, tables and curves are never omitted, so that the page of many runs may be
+    larger. If it is larger without any figure, step-throughs (viewers of single predictions) are omitted, beginning with the first run,
+    until it fits. The bytes that are left are divided equally among the runs; the figures of a run are encoded smaller, and then its last
+    ones omitted, until they fit into its part. The notes of a run say what is omitted.
 
     Args:
         runs: the runs of the page; they are not changed.
@@ -178,7 +188,7 @@ def page_content(runs: Sequence[RunView], live: bool = False) -> dict[str, Any]:
     views: list[dict[str, Any]] = []
     for run, name in zip(runs, make_unique([run.files.name for run in runs]), strict=True):
         history = run.files.history
-        curves = downsample_curves(history, max(50, MAX_POINTS // len(runs)))  # 50 points show a curve's course
+        curves = downsample_curves(history, max(MIN_POINTS, MAX_POINTS // len(runs)))
         data = {"name": name, "steps": run.step_through, "steps_per_epoch": history.steps_per_epoch, "curves": curves}
         views.append({"name": name, "files": run.files, "notes": [*run.notes], "images": [], "data": data})
     comparison = compare_runs([run.files for run in runs]) if len(runs) > 1 else None

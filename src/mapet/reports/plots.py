@@ -86,8 +86,8 @@ def sample_codes_by_usage(counts: Int[Tensor, " V"]) -> Int[Tensor, " n"]:
     Args:
         counts: patches of each code; a code without patches is not picked.
     """
-    used = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
-    return used[torch.linspace(0, len(used) - 1, min(NUM_CODES_SHOWN, len(used))).round().long()]
+    used_codes = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    return used_codes[torch.linspace(0, len(used_codes) - 1, min(NUM_CODES_SHOWN, len(used_codes))).round().long()]
 
 
 # ---- axes
@@ -124,6 +124,9 @@ def plot_tiles(rows: Sequence[Sequence[Tile]], row_labels: Sequence[str], tile_i
         row_labels: text to the left of each row.
         tile_inches: width of a tile.
         title: of the figure.
+
+    Returns:
+        The figure.
     """
     num_columns, row_height = max(map(len, rows)), 1.2  # with room for the title above a tile
     figure, axis = one_axis(tile_inches * num_columns + 1, tile_inches * row_height * len(rows) + 0.6)
@@ -305,6 +308,9 @@ def plot_predictions(
         logits: of the masked patches, in the order of prediction.
         prototypes: mean patch of each code, 0..255.
         grid: rows and columns of patches.
+
+    Returns:
+        The figure.
     """
     num_context, image = permutation.shape[1] - logits.shape[1], torch.arange(len(images))[:, None]
     context, masked = permutation[:, :num_context], permutation[:, num_context:]
@@ -363,6 +369,9 @@ def plot_confusion(counts: Int[np.ndarray, "K K"], classes: Sequence[str]) -> Fi
     Args:
         counts: number of images by true class (row) and predicted class (column).
         classes: names of the K classes.
+
+    Returns:
+        The figure.
     """
     fractions = counts / counts.sum(1, keepdims=True).clip(min=1)
     side = min(12.0, max(4.0, 0.45 * len(classes) + 2))  # inches
@@ -426,6 +435,7 @@ def plot_seeds(curves: Sequence[Curve], xlabel: str, ylabel: str, ylim: tuple[fl
     Args:
         curves: one per seed; those of equal `style` are averaged, by linear interpolation at every x of any of them.
         ylim: lowest and highest y, to which a margin of 5 % is added at both ends.
+        xlabel, ylabel: labels of the axes.
 
     Returns:
         The <svg> element; its axes and texts have the color of the text around it (currentColor), and equal curves give equal SVG.

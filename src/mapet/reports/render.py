@@ -25,7 +25,8 @@ from mapet.training.metrics import format_duration
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Okabe and Ito's palette (2008), whose colors differ for the color-blind, too."""
 DASHES = ((), (6, 2), (2, 2), (6, 2, 2, 2))
-LINE_STYLES = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(12)]
+NUM_LINE_STYLES = 12
+LINE_STYLES = [(COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i in range(NUM_LINE_STYLES)]
 """Color and dashes (lengths in pixels) of the lines of a plot, taken in turn."""
 
 

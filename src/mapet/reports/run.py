@@ -12,7 +12,7 @@ from typing import Any
 from mapet.config.base import format_none, read_config
 from mapet.config.pretraining import PretrainConfig
 from mapet.errors import MapetError, spell_as_flags, spell_in_section
-from mapet.reports.metrics import History, RunSummary, advise_to_evaluate, diagnose, summarize_metrics
+from mapet.reports.metrics import NUM_RECENT, History, RunSummary, advise_to_evaluate, diagnose, summarize_metrics
 from mapet.reports.render import format_number, format_value
 from mapet.run_state import CONFIG_FILE, RunState, check_is_pretraining, parent_run, pretrain_folder, try_read_state
 
@@ -29,7 +29,7 @@ class RunFiles:
     """The files in the folder of a `mapet pretrain` or `run`, which may still grow or not exist yet.
 
     Attributes:
-        given: the folder that the user named: of `pretrain`, `run` or `demo`.
+        user_folder: the folder that the user named: of `pretrain`, `run` or `demo`.
         folder: of `pretrain`: `given`, or the folder in it.
         parent: folder of the `run` that the pre-training is part of, or None.
         folders: `folder`, then `parent` if there is one.
@@ -42,14 +42,14 @@ class RunFiles:
         history: metrics recorded so far.
     """
 
-    def __init__(self, given: Path) -> None:
-        self.given = given
+    def __init__(self, user_folder: Path) -> None:
+        self.user_folder = user_folder
         self.history = History(Path())
         self.refresh()
 
     def refresh(self) -> None:
         """Read all files again, and set the attributes; of metrics.jsonl only the lines added since the last call are read."""
-        self.folder = pretrain_folder(self.given)
+        self.folder = pretrain_folder(self.user_folder)
         self.parent = parent_run(self.folder)
         self.folders = [self.folder, self.parent] if self.parent else [self.folder]
         try:
@@ -92,12 +92,12 @@ class RunFiles:
 
     @property
     def finished(self) -> bool:
-        """Whether pre-training has saved its backbone."""
+        """Return whether pre-training has saved its backbone."""
         return (self.folder / "backbone").is_dir()
 
     @property
     def ended_early(self) -> bool:
-        """Whether the run stopped or failed, and recorded why."""
+        """Return whether the run stopped or failed, and recorded why."""
         return not self.finished and self.state.status in ("stopped", "failed")
 
     @property
@@ -130,11 +130,11 @@ class RunFiles:
 
     @property
     def seconds_left(self) -> float | None:
-        """Return the estimated seconds to the planned end, at the median speed of the last five records.
+        """Return the estimated seconds to the planned end, at the median speed of the last `NUM_RECENT` records.
 
         None without a record of an epoch and a speed (images/s), or without a number of epochs and a batch size in the config.
         """
-        steps_per_epoch, speeds = self.history.steps_per_epoch, self.history["images_per_second"].values[-5:]
+        steps_per_epoch, speeds = self.history.steps_per_epoch, self.history["images_per_second"].values[-NUM_RECENT:]
         epochs, batch_size = self.config.get("epochs"), self.config.get("batch_size")
         if not (steps_per_epoch and speeds and isinstance(epochs, int | float) and isinstance(batch_size, int)):
             return None
@@ -204,7 +204,7 @@ class RunFiles:
 
     @property
     def inspection(self) -> dict[str, Any]:
-        """Return tokenizer_metrics.json: "warnings" and "measures" of `inspect-tokenizer`, if it wrote into a subfolder of the run.
+        """Return tokenizer_metrics.json: "warnings" and "metrics" of `inspect-tokenizer`, if it wrote into a subfolder of the run.
 
         {} without one; of several subfolders the first by name, those of the pre-training's folder before those of the parent run.
         """

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
@@ -56,6 +56,7 @@ def describe_findings(study: Study, differences: list[Difference]) -> list[str]:
 
     Args:
         differences: all of the study's, as `statistics.paired_differences` returns them.
+        study: its finished trials are compared.
     """
     if not any(trial.finished for trial in study.trials):
         return ["No run has finished: there is nothing to compare yet."]
@@ -128,10 +129,10 @@ def _format_cost(trials: Sequence[Trial], attribute: str, unit: float) -> str:
         unit: the mean is divided by it, e.g. 60 for seconds in minutes.
     """
     values = [getattr(trial, attribute) for trial in trials if trial.finished]
-    known = [value for value in values if value is not None and isfinite(value)]
-    if not known:
+    finite_values = [value for value in values if value is not None and isfinite(value)]
+    if not finite_values:
         return "-"
-    mean = fmean(known) / unit
+    mean = fmean(finite_values) / unit
     return f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
 
 
@@ -148,7 +149,7 @@ def _plot_curves(study: Study) -> dict[str, dict[str, Markup]]:
         for condition in study.conditions:
             if curves := _find_curves(study, budget, condition, metric, axis, unit):
                 panels[statistics.format_condition(condition)] = curves
-        ys = [y for curves in panels.values() for curve in curves for _, y in curve.points]
+        ys = [y for curve in chain.from_iterable(panels.values()) for _, y in curve.points]
         title = f"{CURVE_METRICS[metric]} against {label}, {budget}"
         for index, (condition_name, curves) in enumerate(panels.items()):
             svg = plot_seeds(curves, label, CURVE_METRICS[metric], (min(ys), max(ys)))
@@ -171,8 +172,8 @@ def _find_curves(
     for index, value in enumerate(study.values):
         for trial in study.select(budget, condition, value):
             points = [(point.get(axis, nan) / unit, point.get(metric, nan)) for point in trial.curve]
-            if trial.finished and (known := sorted((x, y) for x, y in points if isfinite(x) and isfinite(y))):
-                curves.append(Curve(index, known))
+            if trial.finished and (finite_points := sorted((x, y) for x, y in points if isfinite(x) and isfinite(y))):
+                curves.append(Curve(index, finite_points))
     return curves
 
 
@@ -186,9 +187,11 @@ def _format_csv(study: Study) -> str:
     columns = ["name", *factors, "seed", "budgets", "status", "reason", *costs, *study.metrics]
     rows: list[list[object]] = [[*columns]]
     for trial in study.trials:
-        numbers = {name: getattr(trial, name) for name in costs} | trial.scores
-        known = {name: number for name, number in numbers.items() if number is not None and isfinite(number)}
+        values_by_name = {name: getattr(trial, name) for name in costs} | trial.scores
+        finite_values = {
+            name: number for name, number in values_by_name.items() if number is not None and isfinite(number)
+        }
         texts = {name: getattr(trial, name) for name in ("name", "seed", "status", "reason")}
-        row = trial.factors | texts | {"budgets": "; ".join(trial.budgets)} | known
+        row = trial.factors | texts | {"budgets": "; ".join(trial.budgets)} | finite_values
         rows.append([row.get(column, "") for column in columns])
     return "\ufeff" + format_csv(rows)  # without a byte order mark spreadsheets do not take it for UTF-8

@@ -25,23 +25,26 @@ class RunVerdict(NamedTuple):
 
 
 def summarize_comparisons(comparisons: Sequence[Mapping[str, Any]], num_test: int, num_images: int) -> RunVerdict:
-    """Compare a backbone by its linear probe with those of other features.
+    """Summarize how a backbone compares with other features by a linear probe.
 
     Args:
         comparisons: fields of `evaluation.controls.Verdict`, of the backbone against each other one, by names for the user.
         num_test: test images.
         num_images: that it was pre-trained on.
+
+    Returns:
+        The verdict.
     """
     rows = sorted(
         (each for each in comparisons if each["metric"] in METRIC_TITLES), key=lambda each: -each["control_value"]
     )
-    better = [each["control"] for each in rows if each["ci_low"] > 0]
+    better_than = [each["control"] for each in rows if each["ci_low"] > 0]
     worse = [each["control"] for each in rows if each["ci_high"] < 0]
-    equal = [each["control"] for each in rows if each["control"] not in (*better, *worse)]
+    equal = [each["control"] for each in rows if each["control"] not in (*better_than, *worse)]
     parts = [
         f"{text} {_join(names)}"
         for text, names in (
-            ("clearly better than", better),
+            ("clearly better than", better_than),
             ("not clearly different from", equal),
             ("clearly worse than", worse),
         )
@@ -53,7 +56,7 @@ def summarize_comparisons(comparisons: Sequence[Mapping[str, Any]], num_test: in
     for each in rows:
         interval = f"{each['difference']:+.3f} ({each['ci_low']:+.3f} to {each['ci_high']:+.3f})"
         table.append([each["control"], f"{each['control_value']:.3f}", interval])
-    return RunVerdict(sentence, _advise(better, equal, worse, num_images), table)
+    return RunVerdict(sentence, _advise(better_than, equal, worse, num_images), table)
 
 
 def _advise(better: list[str], equal: list[str], worse: list[str], num_images: int) -> str:
@@ -71,7 +74,14 @@ def _advise(better: list[str], equal: list[str], worse: list[str], num_images: i
 
 
 def summarize_loss(history: History) -> RunVerdict:
-    """Say that without labels nothing tells whether the features are good, and what the loss tells."""
+    """Summarize a run without labels by its last loss and the unigram baseline.
+
+    Args:
+        history: metrics of the run.
+
+    Returns:
+        The verdict, without a table.
+    """
     losses, unigram = history["loss"].values, history["unigram_entropy"].values
     learned = "It has learned something of the images"
     if losses and unigram:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from mapet.errors import MapetError
 from mapet.evaluation.eval_context import ALPHA, mean_and_margin
 
+MIN_SHOWN_P = 0.001
+"""Smaller p values are given as below it."""
 MIN_SPREAD = 1e-9
 """Accuracies that differ by less count as equal: one image of any real test set is more, so this is rounding."""
 
@@ -55,7 +57,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Levels in the order of their factors' names, the seed, and, of a run that was added for equal compute, the epochs."""
+        """Return the levels in the order of their factors' names, the seed, and, of a run that was added for equal compute, the epochs."""
         parts = [*(level for _, level in sorted(self.factors.items())), f"seed {self.seed}"]
         return ", ".join(parts if EPOCHS in self.budgets else [*parts, f"{self.options['epochs']:g} epochs"])
 
@@ -106,7 +108,7 @@ class Study:
 
     @cached_property
     def values(self) -> list[str]:
-        """Levels of the compared factor, in the order of the trials."""
+        """Return the levels of the compared factor, in the order of the trials."""
         return list(dict.fromkeys(trial.factors[self.compared_factor] for trial in self.trials))
 
     @cached_property
@@ -159,7 +161,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """'higher' or 'lower' where the corrected p is below `ALPHA`, else 'not significant', or 'no test'."""
+        """Return 'higher' or 'lower' where the corrected p is below `ALPHA`, else 'not significant', or 'no test'."""
         if self.p_holm is None:
             return "no test"
         if self.p_holm >= ALPHA:
@@ -268,15 +270,15 @@ def has_single_seed(differences: list[Difference]) -> bool:
 
 
 def format_condition(condition: Condition) -> str:
-    """Write 'tokenizer pixels, ratio 0.75'."""
+    """Format a condition: 'tokenizer pixels, ratio 0.75'."""
     return ", ".join(f"{factor} {level}" for factor, level in condition)
 
 
 def format_p_value(p: float | None, equals: str = "") -> str:
-    """Write three digits after `equals`, '< 0.001' below that, or '-' where there was no test."""
+    """Format three digits after `equals`, '< 0.001' below that, or '-' where there was no test."""
     if p is None:
         return "-"
-    return "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+    return f"< {MIN_SHOWN_P}" if p < MIN_SHOWN_P else f"{equals}{p:.3f}"
 
 
 class BestLevels(NamedTuple):

@@ -35,7 +35,8 @@ from mapet.files import is_empty_dir
 from mapet.run_state import CONFIG_FILE, RunState, record, run_state, try_read_state
 from mapet.signals import stop_signals
 from mapet.studies.statistics import COMPUTE, EPOCHS, Condition, Study, Trial, format_condition
-from mapet.tokenizers.stages import fit_tokenizer, tokenize
+from mapet.tokenizers.fitting import fit_tokenizer
+from mapet.tokenizers.tokenization import tokenize
 from mapet.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from mapet.training.flops import flops_per_image
 from mapet.training.measure import time_training
@@ -88,15 +89,24 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
     A level (a value of a factor) stands for options of `pretrain`, which replace those of `config.pretrain`, or for a tokenizer; without
     one a trial has the first of `config.tokenizers`.
 
+    Args:
+        config: of the study; `grid`, `seeds`, `compare_by`, `pretrain` and `tokenizers` are used.
+
+    Returns:
+        Trials without results, seed by seed.
+
     Raises:
         MapetError: a level or seed that is given twice, an unknown name, options that `pretrain` refuses.
     """
     grid = {name: _parse_levels(name, values) for name, values in config.grid.items()}
     if (compared := get_compared_factor(config)) not in grid:
-        known = f"{option('compare_by')} takes one of {', '.join(grid)}"
-        raise MapetError(f"compare_by: '{compared}' is not varied{did_you_mean(compared, grid)}; {known}")
+        expected = f"{option('compare_by')} takes one of {', '.join(grid)}"
+        raise MapetError(f"compare_by: '{compared}' is not varied{did_you_mean(compared, grid)}; {expected}")
     if len(set(config.seeds)) < len(config.seeds):
-        raise MapetError(f"seeds: {config.seeds} has one twice: each trial runs once per seed")
+        given = " ".join(map(str, config.seeds))
+        raise MapetError(
+            f"{option('seeds')} {given} has a seed twice: give each once", field="seeds", value=config.seeds
+        )
     shared = {"epochs": PretrainConfig.model_fields["epochs"].default, **config.pretrain.model_dump(exclude_unset=True)}
     trials: dict[str, Trial] = {}  # by their options, defaults included
     for levels in itertools.product(*grid.values()):
@@ -105,13 +115,15 @@ def grid_trials(config: StudyConfig) -> list[Trial]:
             options |= grid[factor][level]
         tokenizer = str(options.pop("tokenizer", next(iter(config.tokenizers))))
         if tokenizer not in config.tokenizers:
-            raise MapetError(f"grid: no tokenizer '{tokenizer}'{did_you_mean(tokenizer, config.tokenizers)}")
+            hint = did_you_mean(tokenizer, config.tokenizers) or f": give one of {', '.join(config.tokenizers)}"
+            raise MapetError(f"grid: no tokenizer '{tokenizer}'{hint}")
         try:
             resolved = build_config(PretrainOptions, options).model_dump_json() + tokenizer
         except MapetError as error:
             raise MapetError(f"grid, trial {format_condition(tuple(factors.items()))}: {error}") from None
         if resolved in trials:
-            raise MapetError(f"grid: {factors} and {trials[resolved].factors} are the same trial: omit one")
+            same = " and ".join(format_condition(tuple(each.items())) for each in (factors, trials[resolved].factors))
+            raise MapetError(f"grid: {same} are the same trial: omit one")
         trials[resolved] = Trial(factors, 0, tokenizer, options)
     return [replace(trial, seed=seed) for seed in config.seeds for trial in trials.values()]
 
@@ -129,19 +141,20 @@ def _parse_levels(name: str, values: list[Any] | Levels) -> Levels:
     Raises:
         MapetError: an empty entry, a value that is given twice, or a list for something that is no option.
     """
-    known = [*PretrainOptions.model_fields, "tokenizer"]
+    option_names = [*PretrainOptions.model_fields, "tokenizer"]
     if isinstance(values, dict):
         levels = values
-    elif name in known:
+    elif name in option_names:
         texts = [" to ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
         levels = {text: {name: value} for text, value in zip(texts, values, strict=True)}
     else:
         raise MapetError(
-            f"grid: '{name}' is not an option of `pretrain`{did_you_mean(name, known) or '.'} Options that vary together are written "
+            f"grid: '{name}' is not an option of `pretrain`{did_you_mean(name, option_names) or '.'} Options that vary together are written "
             f"{name}: {{LEVEL: {{option: value}}}}, where LEVEL is any name for them"
         )
     if not values or len(levels) < len(values):
-        raise MapetError(f"grid: '{name}' has {f'a value twice: {values}' if values else 'no values: give a list'}")
+        problem = "has no values: give a list" if not values else "has a value twice: give each once, found "
+        raise MapetError(f"grid: '{name}' {problem}{', '.join(map(str, values))}")
     return levels
 
 
@@ -171,8 +184,8 @@ def add_equal_compute(config: StudyConfig, trials: list[Trial]) -> list[Trial]:
     costs: dict[Condition, float] = {}  # by all factors: building the model of each takes a while, and seeds cost alike
     for trial in trials:
         if (factors := trial.condition("")) not in costs:
-            fitted = not is_empty_dir(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
-            costs[factors] = flops_per_image(pretrain_config(config, trial)) if fitted else 0.0
+            is_fitted = not is_empty_dir(tokenizer_folder(config, trial.tokenizer) / "tokenizer")
+            costs[factors] = flops_per_image(pretrain_config(config, trial)) if is_fitted else 0.0
     trials = [replace(trial, flops_per_image=costs[trial.condition("")]) for trial in trials]
     if not config.equal_compute:
         return trials
@@ -214,8 +227,8 @@ def tokenizer_configs(config: StudyConfig, name: str) -> tuple[FitTokenizerConfi
         fitting = build_config(FitTokenizerConfig, options | shared | {"out": folder / "tokenizer"})
     except MapetError as error:
         raise MapetError(f"tokenizer '{name}': {error}") from None
-    own = {"out": folder / "tokens", "tokenizer": fitting.out}
-    tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | own)
+    paths = {"out": folder / "tokens", "tokenizer": fitting.out}
+    tokenizing = build_config(TokenizeConfig, config.tokenize.model_dump(exclude_unset=True) | shared | paths)
     for new in (fitting, tokenizing):
         if state := try_read_state(new.out):
             _check_unchanged(folder, diff_configs(build_config(type(new), state.config), new, SAME_TOKENS))
@@ -230,18 +243,13 @@ def trial_folder(config: StudyConfig, trial: Trial) -> Path:
 def pretrain_config(config: StudyConfig, trial: Trial) -> PretrainConfig:
     """Return the config of a trial's `pretrain`."""
     folder = tokenizer_folder(config, trial.tokenizer)
-    own = {
-        "images": config.images,
-        "out": trial_folder(config, trial) / "pretrain",
-        "seed": trial.seed,
-        "limits": config.limits,
-    }
-    own |= {"tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
-    return build_config(PretrainConfig, trial.options | own)
+    inputs = {"images": config.images, "tokenizer": folder / "tokenizer", "tokens": folder / "tokens"}
+    outputs = {"out": trial_folder(config, trial) / "pretrain", "seed": trial.seed, "limits": config.limits}
+    return build_config(PretrainConfig, trial.options | inputs | outputs)
 
 
 def trial_config(config: StudyConfig, trial: Trial, num_images: int) -> TrialConfig:
-    """Return the config of a trial's process; `num_images` is the number of training images."""
+    """Return the config of a trial's process; `num_images`: training images."""
     return TrialConfig(
         pretrain=pretrain_config(config, trial), finetune=config.finetune, test_images=config.test_images,
         ood_images=config.ood_images, num_images=num_images, flops_per_epoch=trial.flops_per_image * num_images,
@@ -270,8 +278,8 @@ def check_same_trial(folder: Path, new: TrialConfig) -> None:
 def _check_unchanged(folder: Path, changed: list[str]) -> None:
     """Raise MapetError if there are changed options; it lists them ('lr: 0.1 -> 0.2'). `folder` is that of a trial or tokenizer."""
     if changed:
-        wrong = f"{folder} was made with other options ({'; '.join(changed)})"
-        raise MapetError(f"{wrong}: restore them, rename this trial or tokenizer, or give a new {option('out')}")
+        problem = f"{folder} was made with other options ({'; '.join(changed)})"
+        raise MapetError(f"{problem}: restore them, rename this trial or tokenizer, or give a new {option('out')}")
 
 
 # ---- running
@@ -417,8 +425,8 @@ def _start_process(folder: Path, device: str, num_threads: int) -> subprocess.Po
         device: that it trains on, e.g. 'cuda:0'.
         num_threads: CPU threads of its OpenMP libraries, PyTorch and scikit-learn, unless the user has set OMP_NUM_THREADS.
     """
-    if try_read_state(folder) is None:  # marks the folder as the trial's, whose process resumes it for the 0th time
-        RunState(command="trial", status="interrupted", resumes=-1).write(folder)
+    if try_read_state(folder) is None:
+        RunState(command="trial", status="starting").write(folder)  # the folder, with its files so far, is the trial's
     code = "import sys; from mapet.studies.trials import run_trial; sys.exit(run_trial(*sys.argv[1:]))"
     with (folder / "trial.log").open("ab") as output:
         return subprocess.Popen(
@@ -440,7 +448,7 @@ def _log_end(folder: Path, exit_status: int, stop_signal: str) -> None:
         stop_signal: that stopped the study, or ''.
     """
     state = try_read_state(folder) or RunState(command="trial", status="interrupted")
-    if state.status == "interrupted":
+    if state.status in ("starting", "interrupted"):
         end = f"signal {-exit_status}" if exit_status < 0 else f"exit status {exit_status}"
         state.status, state.reason = "failed", f"its process ended with {end}; see {folder / 'trial.log'}"
         if stop_signal:  # before the process could handle it
@@ -578,11 +586,16 @@ def collect_results(config: StudyConfig, trials: list[Trial], notes: list[str], 
             trial = replace(trial, status=state.status, reason=state.reason, **results)
         completed.append(trial)
     title = f"Study of {Path(config.images).name}: {', '.join(config.grid)}"
-    baselines, command = _baselines(config, trials, evaluate_baselines), f"mapet study {config.out / CONFIG_FILE}"
+    baselines, command = (
+        _evaluate_baselines(config, trials, evaluate_baselines),
+        f"mapet study {config.out / CONFIG_FILE}",
+    )
     return Study(title, get_compared_factor(config), completed, baselines, notes, command)
 
 
-def _baselines(config: StudyConfig, trials: list[Trial], evaluate_missing: bool) -> dict[str, dict[str, float]]:
+def _evaluate_baselines(
+    config: StudyConfig, trials: list[Trial], evaluate_missing: bool
+) -> dict[str, dict[str, float]]:
     """Return the scores of each model of the grid untrained (frozen, and fine-tuned from scratch), averaged over the seeds.
 
     They are kept in the study's run.json, after each model, so that a study that is stopped does not evaluate them again.

@@ -23,6 +23,9 @@ from mapet.files import preallocate
 
 log = logging.getLogger("mapet")
 FLOAT16_MAX = torch.finfo(torch.float16).max
+CPU_BLOCK_POINTS, GPU_BLOCK_POINTS = 2048, 16384
+"""Points that k-means processes at a time. On a CPU the bfloat16 distances of a block to 8192 centroids then take 32 MB; a GPU needs larger
+blocks to be busy."""
 BYTES_PER_VALUE = 2
 """Size of a float16 number."""
 HEADROOM = 64
@@ -116,6 +119,9 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
         Rows are multiplied by the scale, a power of two, before they are stored as float16. It brings the largest absolute value of the first
         rows to between 1/2 and 1 times M / `HEADROOM`, where M is float16's largest number, so that later rows may be larger.
 
+        Args:
+            first_rows: features, not all zero for a scale other than 1.
+
         Raises:
             MapetError: the scratch file cannot be created in `scratch_dir`, or is larger than the free disk space.
         """
@@ -130,8 +136,8 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
             self.scratch_dir.mkdir(parents=True, exist_ok=True)
             self.scratch_file = tempfile.TemporaryFile(dir=self.scratch_dir, buffering=0)  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
-            found = f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror or error}"
-            raise MapetError(f"{found}; give {option('out')} in another folder{self.hint}") from None
+            problem = f"cannot create a scratch file for features in {self.scratch_dir}: {error.strerror or error}"
+            raise MapetError(f"{problem}; give {option('out')} in another folder{self.hint}") from None
         free = shutil.disk_usage(self.scratch_dir).free
         if size > free:
             raise MapetError(
@@ -179,11 +185,8 @@ class FeatureStore(AbstractContextManager["FeatureStore"]):
 
 
 def points_per_block(device: torch.device) -> int:
-    """Return how many points k-means processes at a time, 2048 on a CPU, 16384 on a GPU.
-
-    On a CPU the bfloat16 distances of a block to 8192 centroids then take 32 MB; a GPU needs larger blocks to be busy.
-    """
-    return 2048 if device.type == "cpu" else 16384
+    """Return how many points k-means processes at a time, `CPU_BLOCK_POINTS` or `GPU_BLOCK_POINTS`."""
+    return CPU_BLOCK_POINTS if device.type == "cpu" else GPU_BLOCK_POINTS
 
 
 class DistributedPoints:
@@ -209,7 +212,7 @@ class DistributedPoints:
         counts = distributed.all_gather(torch.tensor(len(store))).tolist()
         if 0 in counts:
             raise MapetError(
-                f"every process needs a patch to fit to, but rank {counts.index(0)} has none: start fewer than {len(counts)} processes"
+                f"each of {len(counts)} ranks needs a patch to fit to, rank {counts.index(0)} has none: start fewer processes or give more images"
             )
         self.first, self.total = sum(counts[: distributed.rank()]), sum(counts)
 
@@ -219,7 +222,7 @@ class DistributedPoints:
 
     @functools.cached_property
     def moments(self) -> tuple[Float[Tensor, " F"], float]:
-        """(mean, variance) of the points of all ranks: their mean, and their mean squared distance to it, the same on every rank.
+        """Compute (mean, variance) of the points of all ranks: their mean, and their mean squared distance to it, the same on every rank.
 
         Every rank must read it for the first time together: it is computed by reading each shard once, then kept.
         """
@@ -265,6 +268,7 @@ class DistributedPoints:
         return indices[self._is_local(indices)] - self.first
 
     def _is_local(self, indices: Int[Tensor, " m"]) -> Bool[Tensor, " m"]:
+        """Return which of the points this rank holds."""
         return (indices >= self.first) & (indices < self.first + len(self.store))
 
     def apply_metric(self, vectors: Float[Tensor, "m F"]) -> Float[Tensor, "m F"]:

@@ -16,19 +16,23 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from mapet import distributed
-from mapet.errors import Interrupted, MapetError, option
+from mapet.errors import Interrupted, MapetError, describe_key_error, option
 from mapet.files import atomic_write, check_same_options, write_tensors
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore, Metric, points_per_block, stratified_sample
 
 Init = Literal["random", "k-means++"]
 COLUMNS = 128
 """The number of centroids is padded to a multiple of it, so that the search for the nearest one is vectorized."""
+FLOAT64_TOLERANCE = 1e-12
+"""Fraction of the squared norms by which float64 distances may differ and count as equal."""
 TIE_TOLERANCE = 2.0**-18
 """Float32 products of other shapes differ by less than this fraction of the squared norms; closer distances are compared in float64."""
 CANDIDATES_PER_CLUSTER = 16
 """Points per cluster among which k-means++ chooses."""
 DRAWS_PER_PASS = 128
 """Points that k-means++ draws before it computes distances again."""
+MAX_RESTARTS = 1009
+"""More than there are runs of one seed, so that all runs of all seeds draw different points."""
 SAVE_EVERY_S = 60
 """Seconds between checkpoints."""
 DEAD_AFTER = 10
@@ -166,8 +170,9 @@ class NearestCentroid:
         device = torch.device("cpu") if points.device.type == "mps" else points.device  # Apple's GPUs have no float64
         x, c = (tensor.to(device, torch.float64) for tensor in (points, self.centroids))
         table = torch.addmm(c.square().sum(1) / 2, x, c.T, alpha=-1)  # half squared distances, less |x|^2 / 2
-        # Distances that differ by less than 1e-12 of the squared norms count as equal.
-        limit = table.amin(1, keepdim=True) + 1e-12 * (x.square().sum(1, keepdim=True) + float(self.max_sq_norm))
+        limit = table.amin(1, keepdim=True) + FLOAT64_TOLERANCE * (
+            x.square().sum(1, keepdim=True) + float(self.max_sq_norm)
+        )
         # `argmax` of 0 and 1 is the first 1, so the first centroid within the limit.
         return (table <= limit).to(torch.uint8).argmax(1).to(points.device)
 
@@ -257,6 +262,9 @@ class KMeans:
             checkpoint: file that rank 0 saves the state to every `SAVE_EVERY_S` seconds and on Ctrl-C, and that the same call resumes
                 from, bit-exactly. All ranks must be able to read it. It is not removed at the end. None: nothing is saved.
 
+        Returns:
+            The clusters of the run with the smallest error.
+
         Raises:
             MapetError: more clusters than points, a rank without points, or a checkpoint that is damaged or of another call.
             Interrupted: Ctrl-C, after the state was saved.
@@ -266,8 +274,8 @@ class KMeans:
             points = FeatureStore.from_tensor(points)
         data = DistributedPoints(points, self.metric)
         if self.vocab_size > len(data):
-            found = f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches to fit codes to"
-            raise MapetError(f"{found}: lower it, or give more images")
+            problem = f"{option('vocab_size')} {self.vocab_size:,} exceeds the {len(data):,} patches to fit codes to"
+            raise MapetError(f"{problem}: lower it, or give more images")
         config = asdict(self) | {"dtype": str(self.dtype), "world_size": distributed.world_size()}
         centroids = torch.zeros(self.vocab_size, points.num_features, device=data.device)
         counts = torch.zeros(self.vocab_size, dtype=torch.int64, device=data.device)
@@ -310,6 +318,9 @@ class KMeans:
         Args:
             points: the points of all ranks.
             state: state after the round before, which is not changed. Its centroids are minus the mean of all points, for precision.
+
+        Returns:
+            The state after this round.
         """
         run, round_of_run = divmod(state.rounds, self.max_iter)
         is_last_round = round_of_run == self.max_iter - 1
@@ -452,6 +463,7 @@ def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMea
     """Return the state that `save_state` wrote to `path`, or `initial` if there is no such file.
 
     Args:
+        path: of the checkpoint.
         config: JSON values that identify the fit; the checkpoint must have been saved with the same.
         initial: state before the first round; tensors are loaded to its device.
 
@@ -467,7 +479,9 @@ def load_state(path: Path, config: dict[str, Any], initial: KMeansState) -> KMea
             # Scalars become numbers.
             state = KMeansState(*(tensor if tensor.ndim else tensor.item() for tensor in tensors))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise MapetError(f"{path}: damaged k-means checkpoint ({error}); delete it to restart the fit") from None
+            raise MapetError(
+                f"{path}: damaged k-means checkpoint ({describe_key_error(error)}): delete it to restart the fit"
+            ) from None
         check_same_options(path, saved_config, config)
     distributed.check_same(state.rounds, path)
     return state
@@ -478,9 +492,9 @@ def random_init(points: DistributedPoints, num_clusters: int, seed: int = 0, res
 
     Args:
         points: the points of all ranks, at least `num_clusters`.
-        restart: number of the run, from 0; each run of a seed draws other points.
+        restart: index of the run; each run of a seed draws other points.
     """
-    generator = torch.Generator().manual_seed(seed * 1009 + restart)  # 1009: more than there are restarts
+    generator = torch.Generator().manual_seed(seed * MAX_RESTARTS + restart)
     return torch.randperm(len(points), generator=generator)[:num_clusters]
 
 
@@ -501,7 +515,8 @@ def kmeans_plusplus_init(
     Args:
         points: the points of all ranks, at least `num_clusters`.
         num_clusters: K, number of indices to return, all different.
-        restart: number of the run, from 0; each run of a seed draws other points.
+        restart: index of the run; each run of a seed draws other points.
+        seed: of the draws.
     """
     rng = np.random.default_rng([seed, restart])
     candidates = stratified_sample(len(points), CANDIDATES_PER_CLUSTER * num_clusters, rng)
@@ -517,13 +532,13 @@ def kmeans_plusplus_init(
             accepted = unchosen[torch.from_numpy(rng.permutation(len(unchosen)))]
         else:  # draw in proportion to `sq_dist`, by the inverse of the cumulative sum
             quantiles = torch.from_numpy(rng.random(DRAWS_PER_PASS)) * cumulative[-1]
-            drawn = torch.searchsorted(cumulative, quantiles, right=True).clamp_max(len(rows) - 1)
-            accepted = drawn[_accept(rows[drawn], sq_dist[drawn], rng)]
+            candidate_rows = torch.searchsorted(cumulative, quantiles, right=True).clamp_max(len(rows) - 1)
+            accepted = candidate_rows[_accept(rows[candidate_rows], sq_dist[candidate_rows], rng)]
         chosen = torch.cat([chosen, accepted])[:num_clusters]
     return distributed.broadcast(candidates[chosen])  # ranks may round differently
 
 
-def _accept(drawn: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.random.Generator) -> Bool[Tensor, " m"]:
+def _accept(points: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.random.Generator) -> Bool[Tensor, " m"]:
     """Decide, one after the other, which of the points that k-means++ has drawn are accepted as centroids.
 
     The points were drawn by their distances to the centroids chosen in earlier passes. Each is accepted with probability
@@ -531,13 +546,13 @@ def _accept(drawn: Float[Tensor, "m F"], sq_dist: Float[Tensor, " m"], rng: np.r
     call: so the accepted points are distributed as if drawn one at a time. A point that is drawn twice is accepted once.
 
     Args:
-        drawn: the points, in the order in which they were drawn.
+        points: the points, in the order in which they were drawn.
         sq_dist: squared distance of each to the nearest centroid of earlier passes, float64 on the CPU.
 
     Returns:
         A mask of the accepted points, on the CPU.
     """
-    rows = drawn.cpu().double()
+    rows = points.cpu().double()
     # Computed from differences, not by a matrix product: the distance of equal points is exactly 0.
     between = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
     remaining, accepted = sq_dist.numpy().copy(), np.zeros(len(rows), dtype=bool)

@@ -14,6 +14,8 @@ from mapet.errors import MapetError, option
 from mapet.tokenizers.feature_store import DistributedPoints, FeatureStore
 from mapet.tokenizers.kmeans import assign
 
+MIN_VARIANCE_RATIO, EIGENVALUE_FLOOR = 1e-10, 1e-12
+"""Largest variance over the squared mean, below which float16 features are all the same; smallest variance over the largest that is divided by."""
 LEVELS = {
     64: (8, 8), 240: (8, 6, 5), 512: (8, 8, 8), 1000: (8, 5, 5, 5), 4375: (7, 5, 5, 5, 5),
     8192: (8, 8, 8, 4, 4), 15360: (8, 8, 8, 6, 5), 64000: (8, 8, 8, 5, 5, 5),
@@ -81,12 +83,16 @@ class Quantizer(nn.Module):
     def forward(self, features: Float[Tensor, "n F"]) -> Int[Tensor, " n"]:
         """Return the token id of each feature, 0 to V - 1.
 
+        Args:
+            features: of each patch.
+
         Raises:
             MapetError: the features have another width than the quantizer was made for.
         """
         if features.shape[1] != self.num_features:
             raise MapetError(
-                f"the teacher gives {features.shape[1]} features per patch, the codebook takes {self.num_features}: fit the tokenizer again"
+                f"the teacher gives {features.shape[1]} features per patch, expected {self.num_features} as in the codebook: run "
+                "`mapet fit-tokenizer` into a new folder"
             )
         if self.settings["kind"] == "argmax":
             return features.argmax(1)
@@ -136,7 +142,7 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
     width = store.num_features
     if dimensions > width:
         raise MapetError(
-            f"the teacher's features have width {width}, under {dimensions} components: lower {option('pca_dim')} or shorten {option('fsq_levels')}"
+            f"{dimensions} components of features of width {width}: lower {option('pca_dim')} or shorten {option('fsq_levels')}"
         )
     points = DistributedPoints(store)
     mean = points.moments[0]
@@ -149,11 +155,13 @@ def principal_components(store: FeatureStore, dimensions: int, whiten: bool) -> 
     # The coefficient of largest magnitude of each column becomes positive.
     components = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     if whiten:
-        if variances[0] <= 1e-10 * mean.double().square().sum().cpu():  # float16 features cannot differ by so little
+        if (
+            variances[0] <= MIN_VARIANCE_RATIO * mean.double().square().sum().cpu()
+        ):  # float16 features cannot differ by so little
             raise MapetError(
                 f"the features of all {len(points):,} patches are the same: give other {option('images')} or teacher"
             )
-        smallest = variances[0] * 1e-12  # a component without variance is not divided by zero
+        smallest = variances[0] * EIGENVALUE_FLOOR  # a component without variance is not divided by zero
         components = components / variances.clamp_min(smallest).sqrt()
     return {"mean": mean, "components": distributed.broadcast(components.float()).to(store.device)}
 

@@ -29,11 +29,11 @@ from mapet.config.tokenizers import LABEL_FREE_TEACHERS, TEACHER_PRESETS, Teache
 from mapet.data.dataset import Batch
 from mapet.data.image_list import ImageList
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, did_you_mean, format_size, option
+from mapet.errors import MapetError, describe_key_error, did_you_mean, format_size, option
 from mapet.tokenizers.quantizers import FitResult, Quantizer
 from mapet.tokenizers.teachers import custom, dalle
 from mapet.tokenizers.teachers.hog import HOG
-from mapet.tokenizers.teachers.own_run import RunFeatures
+from mapet.tokenizers.teachers.run_features import RunFeatures
 from mapet.tokenizers.teachers.timm_model import TimmFeatures
 from mapet.tokenizers.teachers.whitened import Whitened
 from mapet.tokenizers.vqkd import load_vqkd
@@ -42,16 +42,18 @@ from mapet.weights import hash_weights
 log = logging.getLogger("mapet")
 CODEBOOK = "codebook.safetensors"
 DESCRIPTION = "visual_tokenizer.json"
-SAVED = "teacher{}"
+TEACHER_FOLDER = "teacher{}"
 """Folder, in that of the tokenizer, of what is kept of the teacher of an index."""
 FORMAT = 1
+MIN_VARIANCE, MAX_ASPECT_FACTOR = 1e-12, 2
+"""Smallest variance that features are divided by; and by how much the aspect ratio of a feature map may differ from that of the view."""
 SETTINGS = {
     "teacher": "teacher", "student_size": "image_size", "patch_size": "patch_size", "channels": "channels", "checkpoint": "teacher_checkpoint",
     "teacher_size": "teacher_image_size", "layer": "teacher_layer", "output": "teacher_output", "hog": "hog",
     "whitened": "whitened",
 }  # fmt: skip
 """Key of `Teacher.settings` -> the option that sets it."""
-OWN_SETTINGS = ("checkpoint", "teacher_size", "layer", "output", "hog", "whitened")
+TEACHER_SETTINGS = ("checkpoint", "teacher_size", "layer", "output", "hog", "whitened")
 """Those that not every teacher uses."""
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "dalle": dalle.build, "hog": HOG, "pixels": lambda patch_size: nn.PixelUnshuffle(patch_size), "vqkd": load_vqkd, "whitened": Whitened,
@@ -113,9 +115,9 @@ class Teacher(nn.Module):
         if settings.get("teacher_size"):
             sizes = [tuple(settings["teacher_size"])]
         if len({*sizes}) > 1:
-            found = ", ".join(f"{name} {format_size(size)}" for name, size in zip(names, sizes, strict=True))
+            by_teacher = ", ".join(f"{name} {format_size(size)}" for name, size in zip(names, sizes, strict=True))
             raise MapetError(
-                f"teachers must take images of one size, but take {found} px: give {option('teacher_image_size')}"
+                f"teachers must take images of one size, found {by_teacher} px: give {option('teacher_image_size')}"
             )
         self.image_size: tuple[int, int] = sizes[0]
         self.native_grid: tuple[int, int] | None = None
@@ -125,8 +127,8 @@ class Teacher(nn.Module):
         }
         self.metadata: dict[str, Any] = all_metadata if len(names) > 1 else all_metadata[names[0]]
         self.label_free = all(
-            name in LABEL_FREE_TEACHERS or (own.get("learned_from") or {}).get("label_free", False)
-            for name, own in all_metadata.items()
+            name in LABEL_FREE_TEACHERS or (metadata.get("learned_from") or {}).get("label_free", False)
+            for name, metadata in all_metadata.items()
         )
         self.builtin_quantizer: Quantizer | None = None
         if len(encoders) == 1:
@@ -136,11 +138,12 @@ class Teacher(nn.Module):
         self.weights_hash = self._hash_weights()
 
     def _hash_weights(self) -> str:
+        """Return the sha256 of the encoders' weights."""
         return hash_weights((self.encoders if len(self.encoders) > 1 else self.encoders[0]).state_dict())
 
     @property
     def is_fitted_to_images(self) -> bool:
-        """Whether `fit` must be called before a new tokenizer is fitted."""
+        """Return whether `fit` must be called before a new tokenizer is fitted."""
         return len(self.encoders) > 1 or any(isinstance(encoder, Whitened) for encoder in self.encoders)
 
     @torch.no_grad()
@@ -180,22 +183,33 @@ class Teacher(nn.Module):
         return torch.cat([scale * part for scale, part in zip(scales, features, strict=True)], 1)
 
     def _features(self, index: int, images: UInt8[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
-        """Return the float32 features of the encoder of this index, on the student's grid; sets `native_grid`. See `forward`."""
+        """Compute the float32 features of one encoder, on the student's grid; sets `native_grid`.
+
+        Args:
+            index: of the encoder.
+            images: at `image_size`.
+
+        Returns:
+            Features (B, F, rows, columns).
+
+        Raises:
+            MapetError: the encoder returned something that is not a feature map of these images, see `forward`.
+        """
         bfloat16 = self.settings["precision"] == "bfloat16"
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
             features = self.encoders[index]((images.float() / 255).contiguous(memory_format=torch.channels_last))
         shape = tuple(features.shape) if isinstance(features, Tensor) else (type(features).__name__,)
         if len(shape) != 4 or shape[0] != len(images):
-            found = f"got {shape} for {len(images)} images: change the function that returns it"
-            raise MapetError(f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), {found}")
+            problem = f"teacher '{self.name}' must return a tensor (batch, features, rows, columns), got {shape} for {len(images)} images"
+            raise MapetError(f"{problem}: change the function that returns it")
         rows, columns = shape[2:]
         height, width = self.image_size
         # A single feature for the whole image, or swapped rows and columns, would be interpolated without any error.
         is_single = min(rows, columns) < 2 <= min(self.grid)
-        if is_single or not 0.5 < (rows / columns) / (height / width) < 2:
+        if is_single or not 1 / MAX_ASPECT_FACTOR < (rows / columns) / (height / width) < MAX_ASPECT_FACTOR:
             raise MapetError(
                 f"teacher '{self.name}' returned a grid of {rows} x {columns} for views of {height} x {width} px and {format_size(self.grid)} "
-                "patches: it must return a feature map (batch, features, rows, columns) of the whole view"
+                "patches: change it to return a feature map (batch, features, rows, columns) of the whole view"
             )
         if self.native_grid in (None, self.grid):
             self.native_grid = rows, columns
@@ -205,20 +219,20 @@ class Teacher(nn.Module):
         return features
 
     def _total_variance(self, index: int, batches: Iterable[UInt8[Tensor, "B C h w"]]) -> Float[Tensor, ""]:
-        """Return the sum, in float64, of the variances of the channels of an encoder's features over all patches; at least 1e-12."""
+        """Return the sum, in float64, of the variances of the channels of an encoder's features over all patches; at least `MIN_VARIANCE`."""
         sums: Tensor | float = 0.0
         squares: Tensor | float = 0.0
         count = 0
         for images in batches:
             rows = self._features(index, images).movedim(1, -1).flatten(0, 2).double().cpu()
             sums, squares, count = sums + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
-        return torch.as_tensor(squares / count - (sums / count) ** 2).sum().clamp_min(1e-12)
+        return torch.as_tensor(squares / count - (sums / count) ** 2).sum().clamp_min(MIN_VARIANCE)
 
     def save(self, folder: Path) -> None:
-        """Write what the tokenizer must keep of the encoders into `folder`, one subfolder each (`SAVED`)."""
+        """Write what the tokenizer must keep of the encoders into `folder`, one subfolder each (`TEACHER_FOLDER`)."""
         for index, encoder in enumerate(self.encoders):
             if isinstance(encoder, Whitened | RunFeatures):
-                encoder.save(folder / SAVED.format(index))
+                encoder.save(folder / TEACHER_FOLDER.format(index))
 
     def batch_features(
         self, batch: Batch, images: ImageList, compute: ComputeContext
@@ -264,6 +278,9 @@ def make_teacher(config: TeacherOptions, precision: str = "float32", folder: Pat
         precision: of its matrix products, 'float32' or 'bfloat16'.
         folder: of the tokenizer that the teacher was saved in; None: a new one.
 
+    Returns:
+        The teacher.
+
     Raises:
         MapetError: unknown name, an option that no teacher uses, or weights that are missing, unsafe or of another model.
     """
@@ -271,21 +288,23 @@ def make_teacher(config: TeacherOptions, precision: str = "float32", folder: Pat
     (height, width), patch_size = config.image_size, config.patch_size
     arguments = {key: getattr(config, name) for key, name in SETTINGS.items()}
     arguments["grid"] = height // patch_size, width // patch_size
-    encoders, used = [], set()
+    encoders, parameters_of_all = [], set[str]()
     for index, name in enumerate(config.teacher):
-        saved = folder / SAVED.format(index) if folder else None
+        saved = folder / TEACHER_FOLDER.format(index) if folder else None
         build = _find_builder(name, saved)
         parameters = inspect.signature(build).parameters
-        used |= set(parameters)
-        given = arguments | {"teacher": name, "saved": saved}
-        encoders.append(partial(build, **{key: given[key] for key in parameters}))
-    for key in OWN_SETTINGS:
-        if key not in used and non_default_options(config, [SETTINGS[key]]):
+        parameters_of_all |= set(parameters)
+        keywords = arguments | {"teacher": name, "saved": saved}
+        encoders.append(partial(build, **{key: keywords[key] for key in parameters}))
+    for key in TEACHER_SETTINGS:
+        if key not in parameters_of_all and non_default_options(config, [SETTINGS[key]]):
             raise MapetError(
                 f"teacher '{format_teachers(config.teacher)}' does not use {option(SETTINGS[key])}: omit it"
             )
     settings = {
-        key: values[name] for key, name in SETTINGS.items() if key in used or not isinstance(values[name], dict)
+        key: values[name]
+        for key, name in SETTINGS.items()
+        if key in parameters_of_all or not isinstance(values[name], dict)
     }
     if len(config.teacher) == 1:
         settings["teacher"] = config.teacher[0]
@@ -417,6 +436,9 @@ def save_tokenizer(
         fit: the quantizer, and the number of patches of each code, which is saved beside it.
         fit_config: JSON values that record how the quantizer was fitted; outside the hash.
         read_options: how the images were read; in the hash, unless they were read as they are stored.
+
+    Returns:
+        The tokenizer, with `teacher`.
     """
     quantizer, stats = fit.quantizer, CodebookStats.from_counts(fit.usage, fit.relative_error)
     log.info("codebook: %s", stats)
@@ -451,6 +473,9 @@ def load_tokenizer(folder: Path, with_teacher: bool = True) -> Tokenizer:
         folder: with the two files of `save_tokenizer`; their hashes are checked.
         with_teacher: also make the teacher, which `forward` needs. False: `teacher` is None, and no weights are read.
 
+    Returns:
+        The tokenizer, on the CPU.
+
     Raises:
         MapetError: `folder` holds no tokenizer or a damaged one, or its teacher is not trusted, cannot be made, or has other weights than
             the quantizer was fitted with.
@@ -467,7 +492,9 @@ def load_tokenizer(folder: Path, with_teacher: bool = True) -> Tokenizer:
         config = TeacherOptions(**{name: settings[key] for key, name in SETTINGS.items() if key in settings})
         precision = settings["precision"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise MapetError(f"{folder}: damaged tokenizer ({error}); run `mapet fit-tokenizer` again") from None
+        raise MapetError(
+            f"{folder}: damaged tokenizer ({describe_key_error(error)}): run `mapet fit-tokenizer` into a new folder"
+        ) from None
     if not with_teacher:
         return tokenizer
     checkpoint = config.teacher_checkpoint
@@ -483,7 +510,8 @@ def load_tokenizer(folder: Path, with_teacher: bool = True) -> Tokenizer:
     teacher.settings |= {key: settings[key] for key in ("scales",) if key in settings}
     if teacher.weights_hash != weights_hash:
         raise MapetError(
-            f"teacher '{teacher.name}' has other weights (sha256 {teacher.weights_hash[:12]}) than the codebook in {folder} was fitted with "
-            f"({weights_hash[:12]}): its tokens would be wrong. Put the right weights file there or fit again"
+            f"teacher '{teacher.name}' has other weights (sha256 {files.abbreviate_hash(teacher.weights_hash)}) than the codebook in {folder} "
+            f"was fitted with ({files.abbreviate_hash(weights_hash)}): its tokens would be wrong. Put the right weights file there, or run "
+            "`mapet fit-tokenizer` into a new folder"
         )
     return tokenizer

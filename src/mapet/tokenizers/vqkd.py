@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mapet.config.tokenizers import TrainTokenizerConfig
-from mapet.errors import MapetError, format_size, option
+from mapet.errors import MapetError, describe_key_error, format_size, option
 from mapet.files import check_format, read_json
 from mapet.tokenizers.kmeans import KMeans
 from mapet.weights import describe_mismatch, first_names, read_weights
@@ -40,6 +40,8 @@ BLOCK_SIZE = 2048
 """Vectors whose cosines with all codes are computed at a time: with 8192 codes they take 64 MB."""
 USAGE_MIN_STEPS, USAGE_PATCHES_PER_CODE = 10, 32
 """The usage of codes is averaged over about as many steps as bring 32 patches per code, but at least over 10."""
+INIT_STD, LAYOUT_TOLERANCE = 0.02, 1e-5
+"""Standard deviation of the task layers' initial weights, BEiT v2's; largest difference of outputs once saved and loaded."""
 COMMITMENT_WEIGHT = 1.0
 """Weight of the commitment loss: the paper's."""
 KMEANS_ROUNDS = 10
@@ -102,11 +104,11 @@ class VQKD(nn.Module):
         """
         with torch.device("meta"):  # no memory: every value comes from `weights`
             model = cls(_make_encoder(weights, source), torch.empty_like(weights[CODES], device="meta"))
-        used = {name: tensor.float() for name, tensor in weights.items() if not TRAINING_ONLY.match(name)}
-        if mismatch := describe_mismatch(used, to_beit2_state_dict(model.state_dict())):
+        tensors = {name: tensor.float() for name, tensor in weights.items() if not TRAINING_ONLY.match(name)}
+        if mismatch := describe_mismatch(tensors, to_beit2_state_dict(model.state_dict())):
             raise MapetError(f"{source}: {NOT_VQKD}: {mismatch}")
-        used[CODES] = F.normalize(used[CODES], dim=1)
-        model.load_state_dict(from_beit2_state_dict(used), assign=True)
+        tensors[CODES] = F.normalize(tensors[CODES], dim=1)
+        model.load_state_dict(from_beit2_state_dict(tensors), assign=True)
         return model
 
 
@@ -118,6 +120,9 @@ def load_vqkd(checkpoint: str | Path | None) -> VQKD:
 
     Args:
         checkpoint: None: the option was not given, which is an error.
+
+    Returns:
+        The tokenizer, in eval mode.
 
     Raises:
         MapetError: there is no such file, it is damaged, carries code, or is not a VQ-KD tokenizer.
@@ -132,7 +137,9 @@ def load_vqkd(checkpoint: str | Path | None) -> VQKD:
             learned_from = {name: content.get(name) for name in LEARNED_FROM}
             learned_from |= {name: content["training"][name] for name in ("images_hash", "num_images")}
         except (ValueError, KeyError, TypeError) as error:
-            raise MapetError(f"{description}: not of a VQ-KD tokenizer ({error}); restore it or move it away") from None
+            raise MapetError(
+                f"{description}: not the description of a VQ-KD tokenizer ({describe_key_error(error)}): restore it or move it away"
+            ) from None
     model = VQKD.from_beit2(read_weights(checkpoint), checkpoint).eval()
     model.metadata["learned_from"] = learned_from
     return model
@@ -150,10 +157,10 @@ def nearest_code(features: Float[Tensor, "n d"], codebook: Float[Tensor, "K d"])
 
 
 def _make_task_layer(width: int, out_features: int) -> nn.Sequential:
-    """Return linear, tanh, linear, initialized as in BEiT v2; the hidden layer has `width` units, too."""
+    """Return linear, tanh, linear, initialized as in BEiT v2; the inner layer has `width` units, too."""
     first, last = nn.Linear(width, width), nn.Linear(width, out_features)
     for linear in (first, last):
-        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.trunc_normal_(linear.weight, std=INIT_STD)
         nn.init.zeros_(linear.bias)
     return nn.Sequential(first, nn.Tanh(), last)
 
@@ -199,6 +206,7 @@ def _make_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransf
     """Return a ViT of the sizes that weights in the published layout have, for square images, without these weights.
 
     Args:
+        weights: in the published layout.
         source: file name or the like, for errors.
 
     Raises:
@@ -219,7 +227,9 @@ def _make_encoder(weights: Mapping[str, Tensor], source: object) -> VisionTransf
         names = first_names(sorted(weights)) or "nothing"
         raise MapetError(f"{source}: {NOT_VQKD}: expected a weight {error.args[0]!r}, found {names}") from None
     except (ValueError, IndexError, ZeroDivisionError, AssertionError):
-        raise MapetError(f"{source}: {NOT_VQKD}: its shapes contradict each other; is the file damaged?") from None
+        raise MapetError(
+            f"{source}: {NOT_VQKD}: the shapes of its weights contradict each other: restore the file"
+        ) from None
 
 
 class VQKDOutput(NamedTuple):
@@ -356,8 +366,8 @@ class VQKDForTraining(nn.Module):
         # A patch is drawn for every code, dead or not: so the CPU need not wait for the device to count the dead ones.
         dead = self.usage < self.config.dead_code_threshold / num_codes
         order = torch.randperm(len(features), device=features.device)
-        drawn = features[order[torch.arange(num_codes, device=features.device) % len(features)]]
-        codebook.copy_(torch.where(dead[:, None], drawn, codebook))
+        random_features = features[order[torch.arange(num_codes, device=features.device) % len(features)]]
+        codebook.copy_(torch.where(dead[:, None], random_features, codebook))
         self.usage.masked_fill_(dead, 1 / num_codes)
         return dead.sum()
 
@@ -383,21 +393,20 @@ def _check_layout(tokenizer: VQKD) -> None:
     Raises:
         MapetError: its encoder has weights that the layout does not have, lacks some, or differs from what loading assumes.
     """
-    vit, problem, fix = tokenizer.encoder, "", f"choose another {option('model')} or {option('model_args')}"
-    num_heads, found = num_heads_for(vit.embed_dim), vit.blocks[0].attn.num_heads
+    vit, num_heads = tokenizer.encoder, tokenizer.encoder.blocks[0].attn.num_heads
+    if num_heads != (expected := num_heads_for(vit.embed_dim)):
+        problem = f"the encoder has {num_heads} heads of {vit.embed_dim // num_heads} dimensions, expected {expected} of {HEAD_DIM}"
+        hint = f"give {option('model_args')} num_heads={expected} for embed_dim={vit.embed_dim}"
+        raise MapetError(f"{problem}: {hint}", field="model_args")
+    problem = ""
     image = torch.rand(1, vit.in_chans, *tokenizer.image_size, generator=torch.Generator().manual_seed(0))
     try:
-        loaded = VQKD.from_beit2(to_beit2_state_dict(tokenizer.state_dict()), "this one").eval()
+        loaded = VQKD.from_beit2(to_beit2_state_dict(tokenizer.state_dict()), "saved").eval()
         with torch.no_grad():
-            if not torch.allclose(loaded(image), tokenizer.eval()(image), atol=1e-5):
-                problem = (
-                    "this one computes other values once saved and loaded, which assumes GELU and norms of eps 1e-6"
-                )
+            if not torch.allclose(loaded(image), tokenizer.eval()(image), atol=LAYOUT_TOLERANCE):
+                problem = "loaded again it computes other values: expected GELU and norms of eps 1e-6"
     except MapetError as error:
-        problem = str(error)
-    if found != num_heads:
-        problem = f"this one has {found} heads of {vit.embed_dim // found} dimensions, expected {HEAD_DIM}"
-        fix = f"give {option('model_args')} num_heads={num_heads} for embed_dim={vit.embed_dim}"
+        problem = str(error).removeprefix(f"saved: {NOT_VQKD}: ")
     if problem:
-        expected = "the encoder must be a plain ViT with class token and learned positions, like vit_tiny_patch16_224"
-        raise MapetError(f"{expected}, but {problem}: {fix}")
+        hint = f"choose another {option('model')}, a plain ViT with class token and learned positions, e.g. vit_tiny_patch16_224"
+        raise MapetError(f"the encoder does not fit BEiT v2's layout ({problem}): {hint}", field="model")

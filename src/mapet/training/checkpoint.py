@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from mapet import distributed, files
 from mapet.config.shared import TrainerConfig
 from mapet.data.dataset import EpochBatchSampler
-from mapet.errors import MapetError, NewerFormatError, option, shell_command
+from mapet.errors import MapetError, NewerFormatError, describe_key_error, option, shell_command
 from mapet.training.sharding import distribute_like, full_state_dict, full_tensor, load_full_state_dict
 from mapet.training.step import ForwardBackward
 from mapet.training.task import LossModule, Task
@@ -101,8 +101,8 @@ def _verify(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     written = load_file(path)
     for name, tensor in tensors.items():
-        found, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
-        if not found.equal(expected):
+        actual, expected = (t.contiguous().flatten().view(torch.uint8) for t in (written[name], tensor.cpu()))
+        if not actual.equal(expected):
             raise MapetError(f"tensor '{name}' in {path.name} differs from what was written: check the disk for errors")
 
 
@@ -209,13 +209,15 @@ def load_checkpoint(
             if "metrics_state" in parts:
                 for name, stateful_object in stateful.items():
                     tensors, prefix = parts["metrics_state"].items(), f"{name}."
-                    own = {key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)}
-                    stateful_object.load_state_dict(own)
+                    stateful_tensors = {
+                        key.removeprefix(prefix): value for key, value in tensors if key.startswith(prefix)
+                    }
+                    stateful_object.load_state_dict(stateful_tensors)
             return state
         except (NewerFormatError, OtherInputsError):
             raise
         except (MapetError, *READ_ERRORS) as error:
-            log.warning("checkpoint %s cannot be used: %s; it is skipped", path, " ".join(str(error).split()))
+            log.warning("checkpoint %s is skipped, as it cannot be used: %s", path, describe_key_error(error))
     message = f"no usable checkpoint in {folder} ({len(candidates)} found): start a new run with a new {option('out')}"
     raise MapetError(message)
 
@@ -241,13 +243,15 @@ def _read(path: Path, hashes: Mapping[str, str]) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{STATE} has step {state['step']}, expected {checkpoint_step(path)} as in the folder's name")
     for name, digest in hashes.items():
         if state.get(name, digest) != digest:
+            expected, actual = (files.abbreviate_hash(value) for value in (state[name], digest))
             raise OtherInputsError(
-                f"{path.parent.parent} was trained with other {name.removesuffix('_hash')}: expected hash {state[name][:12]}, "
-                f"found {digest[:12]}. Restore the files that were moved or changed, or start a new run with a new {option('out')}"
+                f"{path.parent.parent} was trained with other {name.removesuffix('_hash')}: expected hash {expected}, found {actual}. Restore the "
+                f"files that were moved or changed, or start a new run with a new {option('out')}"
             )
     for name, digest in state["sha256"].items():
-        if (found := files.file_hash(path / name)) != digest:
-            raise ValueError(f"{name} is damaged: expected sha256 {digest[:12]}, found {found[:12]}")
+        if (actual := files.file_hash(path / name)) != digest:
+            difference = f"expected sha256 {files.abbreviate_hash(digest)}, found {files.abbreviate_hash(actual)}"
+            raise ValueError(f"{name} is damaged: {difference}")
     return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["sha256"]}
 
 
@@ -273,13 +277,13 @@ def _load_optimizer(model: nn.Module, optimizer: Optimizer, tensors: dict[str, T
         name, _, entry = key.rpartition("/")
         parameter = names.get(name)
         if parameter is None or not _fits(value, parameter):
-            found = "no such parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
+            actual = "no such parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
             raise OtherInputsError(
-                f"{path} has optimizer state '{key}' of shape {tuple(value.shape)}, but the model trains {found}: another model or an "
+                f"{path} has optimizer state '{key}' of shape {tuple(value.shape)}, but the model trains {actual}: another model or an "
                 f"earlier version of mapet wrote it. Start a new run with a new {option('out')}"
             )
-        is_number = value.ndim == 0 and value.dtype in (torch.int64, torch.float64, torch.bool)
-        loaded = value.item() if is_number else distribute_like(value, parameter)
+        is_scalar = value.ndim == 0 and value.dtype in (torch.int64, torch.float64, torch.bool)
+        loaded = value.item() if is_scalar else distribute_like(value, parameter)
         state.setdefault(indices[parameter], {})[entry] = loaded
     content = optimizer.state_dict() | {"state": state}
     for group in content["param_groups"]:
@@ -295,7 +299,7 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
     step count, fits any parameter.
     """
     sizes = zip(value.shape, parameter.shape, strict=False)
-    return value.ndim != parameter.ndim or all(found in (1, expected) for found, expected in sizes)
+    return value.ndim != parameter.ndim or all(side in (1, expected) for side, expected in sizes)
 
 
 # ---- steps with NaN or Inf
@@ -367,7 +371,7 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
         sampler: built from the run's config, to check that its steps still have the images of the bundle.
 
     Returns:
-        The numbers of the bundle's steps, counted from 1, ascending.
+        The bundle's steps, counted from 1, ascending.
 
     Raises:
         NewerFormatError: a newer version of mapet wrote the bundle.
@@ -383,7 +387,9 @@ def load_debug_bundle(bundle: Path, task: Task, sampler: EpochBatchSampler) -> l
                 raise ValueError(f"step {step} has other images now than in {BUNDLE}: restore the images of the run")
         return [int(step) for step in content["images"]]
     except READ_ERRORS as error:
-        raise MapetError(f"cannot use the debug bundle {bundle}: {' '.join(str(error).split())}") from None
+        raise MapetError(
+            f"cannot use the debug bundle {bundle} ({describe_key_error(error)}): restore it, or start the run again"
+        ) from None
 
 
 class StepReport(NamedTuple):
@@ -432,7 +438,8 @@ def debug_step(task: Task, sampler: EpochBatchSampler, step: int) -> StepReport:
     names = {module: name for name, module in model.named_modules() if name}  # all but the model itself
     nonfinite_modules = []  # names of modules with NaN or Inf in their output, in the order of the forward pass
 
-    def record_nonfinite(module: nn.Module, _inputs: Any, output: Any) -> None:
+    def record_nonfinite(module: nn.Module, _inputs: object, output: object) -> None:
+        """Note the name of a module whose output has NaN or Inf."""
         if module in names and isinstance(output, Tensor) and not output.isfinite().all():
             nonfinite_modules.append(names[module])
 

@@ -24,7 +24,15 @@ from mapet.evaluation.datasets import LabeledSet
 from mapet.evaluation.logistic_regression import fit_logistic
 from mapet.models.backbone import prepare_for_device
 from mapet.tokenizers.tokenizer import Teacher, make_teacher
-from mapet.training.plan import DEFAULT_OBJECTIVE, DEFAULT_TEACHER, PROBE_OFFSET, Candidate, FolderFacts, Given, Timings
+from mapet.training.plan import (
+    DEFAULT_OBJECTIVE,
+    DEFAULT_TEACHER,
+    PROBE_OFFSET,
+    Candidate,
+    FolderFacts,
+    Timings,
+    UserOptions,
+)
 from mapet.training.step import ForwardBackward, auto_micro_batch
 from mapet.training.tasks.pretraining import build_model_for
 
@@ -63,7 +71,7 @@ def folder_facts(
 
 
 def measure_machine(
-    images: ImageList, facts: FolderFacts, candidates: Sequence[Candidate], given: Given, device: str, budget: float
+    images: ImageList, facts: FolderFacts, candidates: Sequence[Candidate], user_options: UserOptions, device: str, budget: float
 ) -> list[Timings]:  # fmt: skip
     """Time reading, teacher, training steps and controls on some of the images, for each candidate.
 
@@ -73,14 +81,14 @@ def measure_machine(
         images: to pre-train on.
         facts: on them.
         candidates: from `list_candidates`.
-        given: options that the user has given.
+        user_options: options that the user has given.
         device: option `device`.
         budget: seconds.
 
     Raises:
         MapetError: none of the images that are read is readable, or an option of model or teacher is wrong.
     """
-    compute = ComputeContext.from_options(device, given.get("pretrain", {}).get("precision", "auto"))
+    compute = ComputeContext.from_options(device, user_options.get("pretrain", {}).get("precision", "auto"))
     on_gpu = compute.device.type != "cpu"
     machine = {
         "probe": _time_probe(facts.num_classes), "flops": _measure_flops(compute), "precision": compute.precision, "on_gpu": on_gpu,
@@ -90,15 +98,15 @@ def measure_machine(
     for candidate in candidates:
         if timings and budget / timings[-1].training < candidate.tier.images_seen:
             break
-        timings.append(_time_candidate(images, facts, candidate, given, compute, machine))
+        timings.append(_time_candidate(images, facts, candidate, user_options, compute, machine))
     return timings
 
 
 def _time_candidate(
-    images: ImageList, facts: FolderFacts, candidate: Candidate, given: Given, compute: ComputeContext, machine: Mapping[str, Any]
+    images: ImageList, facts: FolderFacts, candidate: Candidate, user_options: UserOptions, compute: ComputeContext, machine: Mapping[str, Any]
 ) -> Timings:  # fmt: skip
     """Return what is timed with a candidate, beside what does not depend on it; see `measure_machine`."""
-    fitting = {"teacher": DEFAULT_TEACHER, "channels": 1 if facts.gray else 3, **given.get("fit_tokenizer", {})}
+    fitting = {"teacher": DEFAULT_TEACHER, "channels": 1 if facts.gray else 3, **user_options.get("fit_tokenizer", {})}
     sizes = {"image_size": candidate.image_size, "patch_size": candidate.patch_size}
     options = build_config(FitTokenizerOptions, {**fitting, **sizes})
     teacher = make_teacher(options, compute.precision).to(compute.device)
@@ -111,10 +119,10 @@ def _time_candidate(
         feature_size = teacher(views[:1]).shape[1]
         teaching = _time(lambda: teacher(views)) / len(views)
     tier = candidate.tier
-    chosen = {"model": tier.model, "model_args": dict(tier.model_args), "drop_path": tier.drop_path}
+    tier_options = {"model": tier.model, "model_args": dict(tier.model_args), "drop_path": tier.drop_path}
     paths = {"images": "images", "tokenizer": "tokenizer", "out": "out"}  # not read here
     config = build_config(
-        PretrainConfig, {"objective": DEFAULT_OBJECTIVE, **chosen, **given.get("pretrain", {}), **paths}
+        PretrainConfig, {"objective": DEFAULT_OBJECTIVE, **tier_options, **user_options.get("pretrain", {}), **paths}
     )
     training = time_training(config, candidate.image_size, candidate.patch_size, options.channels, compute)
     features = _time_controls(candidate, options.channels, compute) + 2 * training / 3 + 2 * teaching

@@ -265,8 +265,8 @@ class ProgressDisplay:
             done: steps done before it was resumed.
             file: where the bar goes; None: stderr. If it is not a terminal there are log lines only.
         """
-        # `_first` and `_done`: steps done when the display was made, and now; `_shown`: steps up to the metrics shown last.
-        self._task, self._total, self._first, self._done, self._shown = task, total, done, done, done
+        # `_first` and `_done`: steps done when the display was made, and now; `_num_shown`: steps up to the metrics shown last.
+        self._task, self._total, self._first, self._done, self._num_shown = task, total, done, done, done
         common: dict[str, Any] = {"disable": None, "dynamic_ncols": True, "file": file}  # None: if it is not a terminal
         self._bar = tqdm(total=total, initial=done, desc=task.command, unit="step", smoothing=0.05, **common)
         positions = () if self._bar.disable else (1, 2)
@@ -302,8 +302,8 @@ class ProgressDisplay:
                 'data_time_fraction', and what `task.format_metrics` reads.
             epoch_ended: whether the last of these steps is the last of its epoch.
         """
-        self._windows.append(metrics | {"steps": self._done - self._shown})
-        self._shown = self._done
+        self._windows.append(metrics | {"steps": self._done - self._num_shown})
+        self._num_shown = self._done
         texts = self._task.format_metrics(metrics), _format_throughput(metrics) + self._scores
         for line, text in zip(self.lines, texts, strict=False):  # no lines without a terminal
             line.set_description_str(f"  {text}")

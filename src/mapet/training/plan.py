@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from mapet.errors import MapetError, format_size, option, pluralize
 from mapet.training.metrics import format_duration
 
-Given = Mapping[str, Mapping[str, Any]]
+UserOptions = Mapping[str, Mapping[str, Any]]
 """Section of `run` ('fit_tokenizer', 'tokenize', 'pretrain') -> option -> value, of the options that the user has given."""
 
 
@@ -152,20 +152,20 @@ class Plan:
 
     @property
     def reserve(self) -> float:
-        """Seconds that come after pre-training."""
+        """Return the seconds that come after pre-training."""
         return self.costs["evaluate"] + self.costs["report"] + FINISH_SECONDS
 
 
 # ---- candidates
 
 
-def list_candidates(facts: FolderFacts, given: Given) -> list[Candidate]:
+def list_candidates(facts: FolderFacts, user_options: UserOptions) -> list[Candidate]:
     """Return the models to choose among, each with its input, from small to large; of a given model or input there is no choice.
 
     Raises:
         MapetError: a given patch size is larger than the image.
     """
-    pretrain, fitting, tiers = given.get("pretrain", {}), given.get("fit_tokenizer", {}), [*TIERS]
+    pretrain, fitting, tiers = user_options.get("pretrain", {}), user_options.get("fit_tokenizer", {}), [*TIERS]
     if "model_args" in pretrain:
         tiers = [TIERS[0]._replace(model=pretrain.get("model", TIERS[0].model), model_args=pretrain["model_args"])]
     elif "model" in pretrain:
@@ -190,8 +190,8 @@ def choose_input(
             return image_size, patch_size
         both = math.gcd(*image_size)
         divisors = [size for size in range(1, both + 1) if both % size == 0 and both // size > 1] or [both]
-        wanted = min(image_size) / tier.grid
-        return image_size, min(divisors, key=lambda size: (abs(size - wanted), -size))
+        target_size = min(image_size) / tier.grid
+        return image_size, min(divisors, key=lambda size: (abs(size - target_size), -size))
     side = min(short_side, tier.max_side)
     patch = patch_size or min(max(2, round(side / tier.grid)), max(1, side // 2))
     if patch > short_side:
@@ -207,7 +207,7 @@ def choose_input(
 
 
 def make_plan(
-    facts: FolderFacts, candidates: Sequence[Candidate], timings: Sequence[Timings], budget: float, given: Given, spent: float = 0.0
+    facts: FolderFacts, candidates: Sequence[Candidate], timings: Sequence[Timings], budget: float, user_options: UserOptions, elapsed: float = 0.0
 ) -> Plan:  # fmt: skip
     """Choose all options that are not given, for a time budget.
 
@@ -216,27 +216,27 @@ def make_plan(
         candidates: from `list_candidates`.
         timings: of this machine, with the first candidates; later ones were not timed, as even the last timed one is too slow.
         budget: seconds from the start of the command to its end.
-        given: options that the user has given, which stay; with `pretrain.epochs` these decide how long training takes, not the budget.
-        spent: seconds of the budget that are over.
+        user_options: options that the user has given, which stay; with `pretrain.epochs` these decide how long training takes, not the budget.
+        elapsed: seconds of the budget that are over.
 
     Raises:
         MapetError: the budget is too short for anything that makes sense; the message has the least.
     """
     timed = zip(candidates, timings, strict=False)
-    plans = [_plan_candidate(facts, candidate, own, budget, given, spent) for candidate, own in timed]
-    chosen = 0
+    plans = [_plan_candidate(facts, candidate, timing, budget, user_options, elapsed) for candidate, timing in timed]
+    best = 0
     for index, plan in enumerate(plans):
         images_seen = plan.epochs * facts.num_images
         if images_seen >= candidates[index].tier.images_seen and sum(plan.costs.values()) <= budget:
-            chosen = index
-    plan, images_seen = plans[chosen], plans[chosen].epochs * facts.num_images
-    if "epochs" not in given.get("pretrain", {}):
-        speed = f"{1 / timings[chosen].per_image:,.0f} images/s were timed"
+            best = index
+    plan, images_seen = plans[best], plans[best].epochs * facts.num_images
+    if "epochs" not in user_options.get("pretrain", {}):
+        speed = f"{1 / timings[best].per_image:,.0f} images/s were timed"
         plan.reasons["pretrain.epochs"] = f"as many as fit: {speed}"
         if images_seen < FEW_IMAGES_SEEN:
 
             def replan(minutes: float) -> Plan:
-                return _plan_candidate(facts, candidates[0], timings[0], 60 * minutes, given, spent)
+                return _plan_candidate(facts, candidates[0], timings[0], 60 * minutes, user_options, elapsed)
 
             if images_seen < MIN_IMAGES_SEEN:
                 raise _too_short(facts, budget, *_least_plan(facts, budget, MIN_IMAGES_SEEN, replan))
@@ -245,9 +245,9 @@ def make_plan(
             plan.reasons["pretrain.epochs"] += f". {few}"
     plan.reasons["pretrain.model"] = "as given"
     if len(candidates) > 1:
-        needed = f"which needs {candidates[chosen].tier.images_seen:,} images seen and gets {images_seen:,.0f}"
+        needed = f"which needs {candidates[best].tier.images_seen:,} images seen and gets {images_seen:,.0f}"
         plan.reasons["pretrain.model"] = (
-            f"the largest for this time, {needed}" if chosen else "the smallest: larger ones need more images seen"
+            f"the largest for this time, {needed}" if best else "the smallest: larger ones need more images seen"
         )
     return plan
 
@@ -282,10 +282,10 @@ def _too_short(facts: FolderFacts, budget: float, minutes: int, least: Plan) -> 
 
 
 def _plan_candidate(
-    facts: FolderFacts, candidate: Candidate, timings: Timings, budget: float, given: Given, spent: float
+    facts: FolderFacts, candidate: Candidate, timings: Timings, budget: float, user_options: UserOptions, elapsed: float
 ) -> Plan:  # fmt: skip
     """Return the plan with one candidate; see `make_plan`. Its `epochs` may be 0 or less if nothing is left for pre-training."""
-    fitting, views = given.get("fit_tokenizer", {}), given.get("tokenize", {})
+    fitting, views = user_options.get("fit_tokenizer", {}), user_options.get("tokenize", {})
     reasons: dict[str, str] = {}
     tokenizer = _plan_tokenizer(facts, candidate, timings, budget, reasons)
     tokenizer = {name: value for name, value in tokenizer.items() if name not in fitting}
@@ -296,14 +296,14 @@ def _plan_candidate(
     patches = min(PATCHES_PER_CODE * vocab_size, facts.num_images * candidate.num_patches)
     evaluation_images, evaluation = _plan_evaluation(facts, candidate, timings, vocab_size, budget)
     costs = {
-        "start": spent,
+        "start": elapsed,
         "fit-tokenizer": patches / candidate.num_patches * read_and_teach
         + _kmeans_seconds(patches, vocab_size, timings),
         "tokenize": num_views * facts.num_images * read_and_teach,
         "evaluate": evaluation,
         "report": timings.report,
     }
-    pretrain, per_image = given.get("pretrain", {}), timings.per_image
+    pretrain, per_image = user_options.get("pretrain", {}), timings.per_image
     if "epochs" in pretrain:
         epochs = float(pretrain["epochs"])
         costs["pretrain"] = epochs * facts.num_images * per_image
@@ -367,15 +367,15 @@ def _plan_views(
 
 
 def _plan_training(
-    facts: FolderFacts, candidate: Candidate, timings: Timings, epochs: float, budget: float, given: Mapping[str, Any],
+    facts: FolderFacts, candidate: Candidate, timings: Timings, epochs: float, budget: float, user_options: Mapping[str, Any],
     reasons: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """Return options of `pretrain` that are not given, and add their reasons."""
     images_seen, tier = max(1.0, epochs * facts.num_images), candidate.tier
     largest = min(MAX_BATCH_SIZE, max(MIN_BATCH_SIZE, images_seen / MIN_STEPS), facts.num_images)
-    batch_size = given.get("batch_size") or 1 << (max(1, int(largest)).bit_length() - 1)
+    batch_size = user_options.get("batch_size") or 1 << (max(1, int(largest)).bit_length() - 1)
     if timings.on_gpu and tier.lr is None:
-        batch_size = given.get("batch_size")  # that of `pretrain`, which fits the memory
+        batch_size = user_options.get("batch_size")  # that of `pretrain`, which fits the memory
     reasons["pretrain.batch_size"] = (
         f"at most {MAX_BATCH_SIZE}, and at least {MIN_STEPS} steps" if batch_size else "what the memory holds"
     )
@@ -388,7 +388,7 @@ def _plan_training(
     }  # fmt: skip
     if budget < 60 * MIN_PROBED_MINUTES:
         options["probe_every"] = 0
-    return {name: value for name, value in options.items() if name not in given and value is not None}
+    return {name: value for name, value in options.items() if name not in user_options and value is not None}
 
 
 def _plan_evaluation(
@@ -413,7 +413,7 @@ def _plan_evaluation(
     return count, seconds(count)
 
 
-def describe_plan(plan: Plan, candidates_text: str, options: Given, budget: float, has_labels: bool) -> list[str]:
+def describe_plan(plan: Plan, candidates_text: str, options: UserOptions, budget: float, has_labels: bool) -> list[str]:
     """Return the lines that show a plan: each option with its value and reason, then what each stage costs.
 
     Args:
@@ -426,14 +426,14 @@ def describe_plan(plan: Plan, candidates_text: str, options: Given, budget: floa
     lines = [f"plan for {candidates_text}, {budget / 60:g} minutes:"]
     for name, reason in plan.reasons.items():
         section, _, field = name.partition(".")
-        chosen = field in plan.options.get(section, {}) or field == "epochs"
+        is_chosen = field in plan.options.get(section, {}) or field == "epochs"
         value = f"about {plan.epochs:.1f}" if field == "epochs" else options[section].get(field)
-        shown = f"{value:.3g}" if isinstance(value, float) else value
+        text = f"{value:.3g}" if isinstance(value, float) else value
         if isinstance(value, tuple):  # an image size, or names of teachers
-            shown = (" x " if field == "image_size" else " ").join(map(str, value))
+            text = (" x " if field == "image_size" else " ").join(map(str, value))
         if field == "model":
-            shown = f"{shown} {' '.join(f'{key}={item}' for key, item in options[section].get('model_args', {}).items())}".strip()
-        lines.append(f"  {field:<13} {shown}: {reason if chosen else 'as given'}")
+            text = f"{text} {' '.join(f'{key}={item}' for key, item in options[section].get('model_args', {}).items())}".strip()
+        lines.append(f"  {field:<13} {text}: {reason if is_chosen else 'as given'}")
     parts = ", ".join(f"{stage} {format_duration(seconds)}" for stage, seconds in plan.costs.items() if seconds > 0)
     lines.append(f"  takes about {format_duration(sum(plan.costs.values()))}: {parts}")
     if has_labels:

@@ -28,7 +28,7 @@ from mapet import distributed
 from mapet.config.base import build_config, diff_configs, read_config, to_yaml, write_config
 from mapet.config.shared import TrainerConfig
 from mapet.device import ComputeContext
-from mapet.errors import MapetError, install_hint, option, pluralize, shell_command
+from mapet.errors import MapetError, first_line, install_hint, option, pluralize, shell_command
 from mapet.files import create_output_dir, is_empty_dir, read_json, write_json, write_text
 from mapet.run_state import CONFIG_FILE, package_versions, parent_run, pretrain_folder, record
 from mapet.training.checkpoint import checkpoints
@@ -302,7 +302,7 @@ class Tracker(threading.Thread):
             with (self._run_folder / "metrics.jsonl").open(encoding="utf-8") as file:
                 self._send_rows(file, tracker_run, state)
         except BaseException as error:  # libraries of trackers raise anything, also SystemExit
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             text = f"%s receives no more metrics: %s. They are in metrics.jsonl; resuming the run with {option('resume', True)} sends the rest"
             log.warning(text, self.name, reason)
 
@@ -312,10 +312,10 @@ class Tracker(threading.Thread):
         Args:
             file: metrics.jsonl, from its start.
             tracker_run: where the rows are sent.
-            state: see `run`. Rows up to number `state["sent"]` are skipped; after each row sent it is updated and saved.
+            state: see `run`. Rows up to the index `state["sent"]` are skipped; after each row sent it is updated and saved.
         """
-        # `number`: [step, index among the rows of this step]; `line`: the row's text so far.
-        number, line, failed = [-1, 0], "", None
+        # `row_index`: [step, index among the rows of this step]; `line`: the row's text so far.
+        row_index, line, failed = [-1, 0], "", None
         while failed is None:
             failed = self._events.get()  # before reading: the last row of an ended run is in the file by now
             for part in file:
@@ -324,10 +324,10 @@ class Tracker(threading.Thread):
                     continue
                 metrics, line = json.loads(line), ""
                 step = metrics.pop("step")
-                number = [step, number[1] + 1 if step == number[0] else 0]
-                if number > state["sent"]:
+                row_index = [step, row_index[1] + 1 if step == row_index[0] else 0]
+                if row_index > state["sent"]:
                     tracker_run.log({k: math.nan if v is None else v for k, v in metrics.items()}, step=step)
-                    state["sent"] = number
+                    state["sent"] = row_index
                     write_json(self._state_file, state)
         tracker_run.finish(failed)
 

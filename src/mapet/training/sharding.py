@@ -89,8 +89,10 @@ def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None
     Raises:
         RuntimeError: names or shapes differ from the module's, see `load_state_dict` of torch.
     """
-    own = module.state_dict()
-    module.load_state_dict({name: distribute_like(value, own.get(name, value)) for name, value in state.items()})
+    local_state = module.state_dict()
+    module.load_state_dict(
+        {name: distribute_like(value, local_state.get(name, value)) for name, value in state.items()}
+    )
 
 
 def distribute_like(value: Tensor, other: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Task(Generic[C, M, R]):
         dataset: of the training images.
         indices: of the images to train on.
         hashes: sha256 of the run's inputs, by name; a checkpoint is resumed with the same ones only.
-        bad: images that are known to be unreadable, with reasons.
+        known_unreadable: images that are known to be unreadable, with reasons.
         stateful: objects with a state dict, other than model and optimizer, that change during training.
         facts: further results for run.json, JSON.
         description: the run in one line.
@@ -91,7 +91,7 @@ class Task(Generic[C, M, R]):
     unreadable: UnreadableImages
 
     def __init__(self) -> None:
-        self.bad: dict[int, str] = {}
+        self.known_unreadable: dict[int, str] = {}
         self.stateful: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}
 
@@ -105,7 +105,7 @@ class Task(Generic[C, M, R]):
 
     @property
     def product_module(self) -> M:
-        """The part of the model that `evaluate` and `finish` take."""
+        """Return the part of the model that `evaluate` and `finish` take."""
         return cast(M, self.model)
 
     def auto_micro_batch(self, local_batch_size: int) -> int:

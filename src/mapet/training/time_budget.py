@@ -33,6 +33,12 @@ class TimeBudget:
     """
 
     def __init__(self, config: TrainerConfig, step: int) -> None:
+        """Start or resume a budget, with the corrections that run.json has.
+
+        Args:
+            config: of the run; `max_minutes` and `out` are not None.
+            step: number of steps done.
+        """
         assert config.max_minutes is not None and config.out is not None
         self.seconds, self._out = 60 * config.max_minutes, config.out
         state = try_read_state(config.out)

@@ -94,7 +94,10 @@ class Trainer(Generic[M, R]):
         self.metrics, self.monitor = MetricLogger(task), LossMonitor(task.dataset.images)
         self.stateful = task.stateful | {"metrics": self.metrics, "monitor": self.monitor}
         self.checkpoints = task.config.out and task.config.out / "checkpoints"
-        task.unreadable = UnreadableImages(task.dataset.images, config.max_unreadable, dict(task.bad))
+        is_option = "max_unreadable" not in type(config).file_only
+        task.unreadable = UnreadableImages(
+            task.dataset.images, config.max_unreadable, dict(task.known_unreadable), is_option
+        )
 
     def _auto_values(self, config: TrainerConfig) -> dict[str, Any]:
         """Return values for automatic options: `micro_batch_size`, `lr`, `warmup_epochs` and `log_interval` if None, `precision` if 'auto'.
@@ -168,7 +171,11 @@ class Trainer(Generic[M, R]):
         task, config, world_size = self.task, self.task.config, distributed.world_size()
         ranks = f" on {world_size} processes" if world_size > 1 else ""
         text = f"{task.description}, batch {config.batch_size}{ranks}, lr {config.lr:.2g}, {config.epochs:g} epochs"
-        counts = {"images": len(task.dataset.images), "unreadable": len(task.bad), "total_steps": self.total_steps}
+        counts = {
+            "images": len(task.dataset.images),
+            "unreadable": len(task.known_unreadable),
+            "total_steps": self.total_steps,
+        }
         hashes = {name.removesuffix("_hash"): digest for name, digest in task.hashes.items()}
         record(config.out, description=text, counts=counts, hashes=hashes, results=task.facts)
         log.info("%s, %s", text, self.compute)
@@ -253,7 +260,7 @@ class Trainer(Generic[M, R]):
 
     @property
     def _epoch_ended(self) -> bool:
-        """Whether `step` is the last one of an epoch or of the run."""
+        """Return whether `step` is the last one of an epoch or of the run."""
         return self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
 
     def _train_step(self, batch: Batch) -> None:

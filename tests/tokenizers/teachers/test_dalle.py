@@ -155,7 +155,7 @@ def test_other_weights(smaller, tmp_path):
     weights["blocks.output.conv.w"] = torch.ones(13, 64, 1, 1)
     save_file(weights, path)
     missing = "blocks.input.w, blocks.input.b, blocks.group_1.block_1.res_path.conv_1.w"
-    with refused(path, missing, "other.blocks.input.b", "blocks.output.conv.w (13x64x1x1, not 12x64x1x1)"):
+    with refused(path, missing, "other.blocks.input.b", "blocks.output.conv.w (13x64x1x1, expected 12x64x1x1)"):
         build(path, None, (1, 1))
     (tmp_path / "other.safetensors").write_bytes(b"")
     with refused("empty"):

@@ -9,6 +9,9 @@ import numpy as np
 from mapet.config.shared import ReadOptions
 from mapet.data.readers.image import DecodedImage, ImageDecodeError, ImageFile, check_byte_count, check_pixel_count
 
+NUM_NAMES_SHOWN = 5
+"""Arrays of an archive that a message names."""
+
 
 def open_array(file: ImageFile, channels: int, options: ReadOptions) -> DecodedImage:
     """Open an `.npy` array of shape (H, W) or (H, W, C).
@@ -42,7 +45,8 @@ def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> Decode
     with zipfile.ZipFile(io.BytesIO(file) if isinstance(file, bytes) else file) as archive:
         names = archive.namelist()
         if len(names) != 1:
-            listed = ", ".join(name.removesuffix(".npy") for name in names[:5]) + (", ..." if len(names) > 5 else "")
+            shown = [name.removesuffix(".npy") for name in names[:NUM_NAMES_SHOWN]]
+            listed = ", ".join(shown) + (", ..." if len(names) > NUM_NAMES_SHOWN else "")
             raise ImageDecodeError(
                 f".npz of {len(names)} arrays ({listed}): save each image as an .npy file (`np.save`)"
             )
@@ -51,16 +55,28 @@ def open_archive(file: ImageFile, channels: int, options: ReadOptions) -> Decode
 
 
 def _from_array(array: np.ndarray, kind: str, channels: int, options: ReadOptions) -> DecodedImage:
-    """Make an image of an array; see `open_array`."""
+    """Make an image of an array of shape (H, W) or (H, W, C).
+
+    Args:
+        array: as it is stored.
+        kind: format, e.g. 'NPY'.
+        channels, options: see `open_array`.
+
+    Returns:
+        The image.
+
+    Raises:
+        ImageDecodeError: see `open_array`.
+    """
     if array.dtype.kind not in "buif":
         raise ImageDecodeError(f"array of {array.dtype}, expected integers or floating-point numbers")
-    found, expected = array.shape, channels if options.bands is None else "C"
+    shape, expected = array.shape, channels if options.bands is None else "C"
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or 0 in array.shape or (options.bands is None and array.shape[2] != channels):
-        is_first = array.ndim == 3 and found[0] == channels
-        fix = "; channels come last: save it after `np.moveaxis(array, 0, -1)`" if is_first else ""
-        raise ImageDecodeError(f"array of shape {found}, expected (H, W, {expected}){fix}")
+        is_first = array.ndim == 3 and shape[0] == channels
+        hint = "; channels come last: save it after `np.moveaxis(array, 0, -1)`" if is_first else ""
+        raise ImageDecodeError(f"array of shape {' x '.join(map(str, shape))}, expected (H, W, {expected}){hint}")
     check_pixel_count(*array.shape[:2])
     is_bool = array.dtype.kind == "b"
     return DecodedImage(

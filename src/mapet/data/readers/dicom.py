@@ -78,6 +78,9 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
         options: frames (`pages`) and bands to read, and the range of physical values that are not of 8 bits.
         page: index of the frame; None: `options.pages` decides.
 
+    Returns:
+        The image, with physical values.
+
     Raises:
         ImageDecodeError: several frames and nothing says which, pixels that no installed plugin decodes, bands or values that do not fit the
             options; without a range, the message names the window of the file.
@@ -89,12 +92,12 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
     photometric, modality = str(dataset.PhotometricInterpretation), str(dataset.get("Modality", ""))
     check_pixel_count(dataset.Rows, dataset.Columns)
     count = max(1, int(dataset.get("NumberOfFrames", 1) or 1))
-    chosen = choose_page(count, "frame", options, page)
-    num_values = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * (count if chosen is None else 1)
+    index = choose_page(count, "frame", options, page)
+    num_values = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * (count if index is None else 1)
     check_byte_count(num_values * -(-dataset.BitsAllocated // 8), "bytes of pixels")
     with warnings.catch_warnings(action="ignore"):
         try:
-            stored = pixels.pixel_array(dataset, index=chosen)  # YBR becomes RGB
+            stored = pixels.pixel_array(dataset, index=index)  # YBR becomes RGB
         except (RuntimeError, NotImplementedError) as error:
             syntax = dataset.file_meta.TransferSyntaxUID.name
             raise ImageDecodeError(
@@ -103,7 +106,7 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
         if photometric == "PALETTE COLOR":
             lookup = pixels.apply_color_lut(stored, dataset)
             stored = lookup if lookup.dtype == np.uint8 else (lookup >> 8).astype(np.uint8)
-        nodata = _padding(dataset) if photometric in GRAY else None
+        nodata = _read_padding(dataset) if photometric in GRAY else None
         has_lut = "ModalityLUTSequence" in dataset
         slope, intercept = (
             float(dataset.get(name, default)) for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
@@ -113,7 +116,7 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
     if nodata is not None and is_rescaled:
         values, nodata = np.where(stored == nodata, np.nan, values), None
     if photometric in GRAY:
-        values = values[..., None] if chosen is not None else np.moveaxis(values, 0, -1)
+        values = values[..., None] if index is not None else np.moveaxis(values, 0, -1)
     is_unsigned = values.dtype.kind == "u"
     try:
         image = DecodedImage(
@@ -127,7 +130,7 @@ def open_dicom(file: ImageFile, channels: int, options: ReadOptions, page: int |
     return image
 
 
-def _padding(dataset: Any) -> float | None:
+def _read_padding(dataset: Any) -> float | None:
     """Return the stored value of pixels without data, with the sign of the pixels; None: there is none."""
     value = dataset.get("PixelPaddingValue")
     if value is None or "PixelPaddingRangeLimit" in dataset:

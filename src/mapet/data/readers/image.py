@@ -122,7 +122,7 @@ class Orientation(NamedTuple):
         return upright[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
 
 
-ORIENTATIONS = {  # by EXIF's number
+ORIENTATIONS = {  # by the value of EXIF's tag
     2: Orientation(False, False, True), 3: Orientation(False, True, True), 4: Orientation(False, True, False),
     5: Orientation(True, False, False), 6: Orientation(True, False, True), 7: Orientation(True, True, True),
     8: Orientation(True, True, False),
@@ -144,12 +144,12 @@ class StoredImage(NamedTuple):
         """Return whether an annotation of this (height, width) was drawn on the stored image, False if on the upright one, None if unknown."""
         if not self.turn.transpose or self.size[0] == self.size[1]:
             return None
-        return True if annotated == self.size else False if annotated == self.size[::-1] else None
+        return {self.size: True, self.size[::-1]: False}.get((annotated[0], annotated[1]))
 
     def is_as_stored(self, annotated: tuple[int, ...], otherwise: bool) -> bool:
         """Return `is_stored_by_size`, or `otherwise` where that is unknown; False for an image that is upright as stored."""
-        by_size = self.is_stored_by_size(annotated)
-        return self.turn != Orientation() and (otherwise if by_size is None else by_size)
+        is_stored = self.is_stored_by_size(annotated)
+        return self.turn != Orientation() and (otherwise if is_stored is None else is_stored)
 
     def turn_box(self, left: float, top: float, width: float, height: float) -> list[float]:
         """Return [left, top, width, height] in the upright image of a box in the stored one, pixels."""

@@ -42,6 +42,9 @@ def open_with_pillow(file: ImageFile, channels: int, options: ReadOptions) -> De
         channels: C of the pixels.
         options: bands to select, and the range of values of more than 8 bits.
 
+    Returns:
+        The image, upright.
+
     Raises:
         ImageDecodeError: with the reason: Pillow does not know the format, the file is damaged or too large, other `channels`, values that
             need a range, ...
@@ -97,6 +100,9 @@ def convert_pillow_image(stored: Image.Image, channels: int, options: ReadOption
         options: bands to select, and the range of values of more than 8 bits. Without a range, integers from 0 to 65535 count as
             uint16, of which the upper 8 bits are taken; other values need one.
 
+    Returns:
+        The image, upright.
+
     Raises:
         ImageDecodeError: other `channels`, or values that need a range.
         Exception: of any kind, from a damaged file; the caller's `translate_errors` turns it into an ImageDecodeError.
@@ -144,4 +150,6 @@ def _decode_deep(file: ImageFile, image: Image.Image) -> Num[np.ndarray, "H W B"
             values = imagecodecs.jpeg2k_decode(data)
     elif image.format == "PPM" and image.mode == "RGB" and data[:2] == b"P6" and int(data.split(maxsplit=4)[3]) > 255:
         raise ImageDecodeError("PPM of 16 bits, of which 8 would be lost: convert it to PNG or TIFF")
-    return None if values is None else values[:, :, None] if values.ndim == 2 else values
+    if values is None:
+        return None
+    return values[:, :, None] if values.ndim == 2 else values

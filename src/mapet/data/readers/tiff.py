@@ -86,6 +86,9 @@ def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | 
         options: pages and bands to read, and the range of values that are not of 8 bits.
         page: index of the page to read; None: `options.pages` decides.
 
+    Returns:
+        The image, upright.
+
     Raises:
         ImageDecodeError: it holds several pages and nothing says which to read, colors that need a conversion, complex numbers, bands or
             values that do not fit the options, or too many pixels.
@@ -95,26 +98,26 @@ def open_tiff(file: ImageFile, channels: int, options: ReadOptions, page: int | 
         image_pages = list_image_pages(tiff)
         if not image_pages:
             raise ImageDecodeError("TIFF without a page")
-        chosen = choose_page(len(image_pages), "page", options, page)
-        used = image_pages if chosen is None else [image_pages[chosen]]
-        first = used[0].page.keyframe
+        index = choose_page(len(image_pages), "page", options, page)
+        selected = image_pages if index is None else [image_pages[index]]
+        first = selected[0].page.keyframe
         check_pixel_count(first.imagelength, first.imagewidth)
-        check_byte_count(first.nbytes * len(used), "bytes of pixels")
+        check_byte_count(first.nbytes * len(selected), "bytes of pixels")
         if first.dtype is None or first.dtype.kind not in "buif":
             kind = first.dtype or f"samples of {first.bitspersample} bits"
             raise ImageDecodeError(f"TIFF of {kind}, expected real numbers: save e.g. magnitude and phase as two bands")
         if (
             first.photometric in (PHOTOMETRIC.SEPARATED, PHOTOMETRIC.YCBCR)
             and first.compression != COMPRESSION.JPEG
-            and len(used) == 1
+            and len(selected) == 1
         ):
             return open_with_pillow(file, channels, options)  # inks, and subsampled colors, that Pillow converts
         if first.photometric > PHOTOMETRIC.PALETTE and first.photometric != PHOTOMETRIC.YCBCR:
             raise ImageDecodeError(f"TIFF of {PHOTOMETRIC(first.photometric).name} colors: convert it to RGB")
-        if any(item.page.keyframe.shape != first.shape for item in used):
-            raise ImageDecodeError(f"{len(used)} pages of several sizes: {options.pages} needs pages of one size")
-        arrays = [_bands_last(item.array(), first) for item in used]
-    return _make_image(np.concatenate(arrays, axis=2), first, len(used) > 1, channels, options)
+        if any(item.page.keyframe.shape != first.shape for item in selected):
+            raise ImageDecodeError(f"{len(selected)} pages of several sizes: {options.pages} needs pages of one size")
+        arrays = [_bands_last(item.array(), first) for item in selected]
+    return _make_image(np.concatenate(arrays, axis=2), first, len(selected) > 1, channels, options)
 
 
 def _bands_last(array: Num[np.ndarray, "..."], page: TiffPage) -> Num[np.ndarray, "H W B"]:
@@ -144,6 +147,9 @@ def _make_image(
         page: has the tags.
         is_stack: the bands are pages.
         channels, options: see `open_tiff`.
+
+    Returns:
+        The image, upright.
     """
     is_palette = page.photometric == PHOTOMETRIC.PALETTE
     bits = 8 if is_palette else page.bitspersample

@@ -6,8 +6,8 @@ const FRAME_COLORS = ["#ffffff", "#D55E00"]; // a white frame around an orange o
 /** Canvases and controls that show the predictions of an image up to a step. */
 class StepThrough {
   /**
-   * data: what `step_through` of figures.py returns: grid ([rows, columns]), size ([height, width]), hidden (number of masked patches, 0 if no
-   *   tokens are predicted), sees_targets, sees_positions, images (order and tokens of patches, predicted, sure, chance, image data).
+   * data: what `step_through` of figures.py returns: grid ([rows, columns]), size ([height, width]), num_masked (number of masked patches, 0 if no
+   *   tokens are predicted), attends_to_targets, attends_to_positions, images (order and tokens of patches, predicted, sure, chance, image data).
    * root: the element that holds the canvases (data-shows) and controls.
    */
   constructor(data, root) {
@@ -18,8 +18,8 @@ class StepThrough {
       tokenColors: loadImage(image.colors_src), predictedTokens: image.predicted_src && loadImage(image.predicted_src),
     }));
     this.numPatches = data.grid[0] * data.grid[1];
-    this.numContext = data.hidden ? this.numPatches - data.hidden : 0;
-    this.numSteps = data.hidden || this.numPatches;
+    this.numContext = data.num_masked ? this.numPatches - data.num_masked : 0;
+    this.numSteps = data.num_masked || this.numPatches;
     for (const name of ["slider", "opacity", "back", "next", "play"]) this[name] = root.querySelector(`[data-${name}]`);
     this.sentence = root.querySelector(".sentence");
     this.slider.max = this.numSteps;
@@ -79,29 +79,29 @@ class StepThrough {
 
   /** Return a sentence about the newest prediction: its patch, its token, the true token, and the accuracy so far. */
   describe() {
-    const { hidden, grid, sees_positions } = this.data, { order, tokens, predicted, sure, chance } = this.image;
-    if (!hidden) return `Step ${this.step} of ${this.numSteps}: the order of the patches; this objective predicts no tokens.`;
-    const positions = sees_positions ? ", all of their positions known from the start" : "";
-    if (!this.step) return `${this.numContext} patches are given; ${hidden} are to be predicted${positions}.`;
+    const { num_masked, grid, attends_to_positions } = this.data, { order, tokens, predicted, sure, chance } = this.image;
+    if (!num_masked) return `Step ${this.step} of ${this.numSteps}: the order of the patches; this objective predicts no tokens.`;
+    const positions = attends_to_positions ? ", all of their positions known from the start" : "";
+    if (!this.step) return `${this.numContext} patches are given; ${num_masked} are to be predicted${positions}.`;
     const masked = order.slice(this.numContext), newest = this.step - 1, patch = masked[newest];
     const isRight = (token, i) => token === tokens[masked[i]];
     const numRight = predicted.slice(0, this.step).filter(isRight).length;
     const verdict = isRight(predicted[newest], newest) ? `right, with probability ${chance[newest]}`
       : `wrong: it is token ${tokens[patch]}, which got ${chance[newest]}`;
-    return `Patch ${this.step} of ${hidden} (row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1}): `
+    return `Patch ${this.step} of ${num_masked} (row ${Math.floor(patch / grid[1]) + 1}, column ${(patch % grid[1]) + 1}): `
       + `token ${predicted[newest]} (probability ${sure[newest]}), ${verdict}. So far ${numRight} of ${this.step} right.`;
   }
 
   /** Draw all canvases for the current image, step and opacity. */
   draw() {
-    const { hidden, sees_targets } = this.data, { name, order, photo, trueTokens, predictedTokens, tokenColors } = this.image;
+    const { num_masked, attends_to_targets } = this.data, { name, order, photo, trueTokens, predictedTokens, tokenColors } = this.image;
     const context = order.slice(0, this.numContext), predicted = order.slice(this.numContext, this.numContext + this.step);
-    const newest = hidden ? predicted.at(-1) : undefined;
+    const newest = num_masked ? predicted.at(-1) : undefined;
     // a prediction attends to the true patches before it, if to any; without predictions the steps show the order
-    const seen = !hidden ? predicted : sees_targets ? [...context, ...predicted.slice(0, -1)] : context;
+    const seen = !num_masked ? predicted : attends_to_targets ? [...context, ...predicted.slice(0, -1)] : context;
     this.paint("image", `The image ${name}`, [[photo, order]]);
     this.paint("seen", `${seen.length} of ${order.length} patches of ${name} are seen`, [[photo, seen]], newest);
-    if (hidden) {
+    if (num_masked) {
       const label = `${this.step} predicted patches. ${this.sentence.textContent}`;
       this.paint("predicted", label, [[photo, context], [predictedTokens, predicted]], newest);
       this.paint("true", `True tokens of ${name}`, [[trueTokens, order]], newest);

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from mapet.config.shared import TRUSTED_TEACHERS, Size, is_trusted_teacher
-from mapet.errors import MapetError, did_you_mean, option
+from mapet.errors import MapetError, did_you_mean, first_line, option
 
 
 def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn.Module:
@@ -18,6 +18,9 @@ def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn
             (B, C, h, w) floats in [0, 1] to (B, F, rows, columns) and may have the attribute `image_size`.
         checkpoint: passed to the function; None: the option was not given.
         teacher_size: not used here; the parameter allows the option, which `Teacher` uses.
+
+    Returns:
+        The encoder, as a module.
 
     Raises:
         MapetError: it is not trusted (see `mapet.config.shared.trust_teachers`), and nothing is imported; there is no such function, it does
@@ -34,11 +37,13 @@ def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn
     try:
         function = pkgutil.resolve_name(teacher)
     except ImportError as error:
-        fix = "is its package installed, or on PYTHONPATH?"
-        raise MapetError(f"teacher '{teacher}': cannot import {teacher.partition(':')[0]} ({error}); {fix}") from None
+        hint = "install its package, or add its folder to PYTHONPATH"
+        raise MapetError(
+            f"teacher '{teacher}': cannot import {teacher.partition(':')[0]} ({first_line(error)}): {hint}"
+        ) from None
     except (AttributeError, ValueError) as error:  # ValueError: not of the form package.module:function
         suggestion = did_you_mean(getattr(error, "name", ""), dir(getattr(error, "obj", None))) or "; check its name"
-        raise MapetError(f"teacher '{teacher}': {error}{suggestion}") from None
+        raise MapetError(f"teacher '{teacher}': {first_line(error)}{suggestion}") from None
     try:
         inspect.signature(function).bind(checkpoint)
     except TypeError:
@@ -47,7 +52,8 @@ def build(teacher: str, checkpoint: str | None, teacher_size: Size | None) -> nn
         ) from None
     encoder = function(checkpoint)
     if not callable(encoder):
-        raise MapetError(f"teacher '{teacher}' must return a callable encoder, got {type(encoder).__name__}")
+        problem = f"teacher '{teacher}' must return a callable encoder, got {type(encoder).__name__}"
+        raise MapetError(f"{problem}: change what the function returns", field="teacher", value=teacher)
     return encoder if isinstance(encoder, nn.Module) else CallableModule(encoder)
 
 
@@ -55,5 +61,6 @@ class CallableModule(nn.Module):
     """An `nn.Module` whose forward is a given callable; it takes over its `image_size`, if there is one."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Wrap a function from images (B, C, h, w) in [0, 1] to features (B, F, rows, columns)."""
         super().__init__()
         self.forward, self.image_size = function, getattr(function, "image_size", None)

@@ -36,6 +36,7 @@ class DalleEncoder(nn.Module):
 
         Args:
             width: channels of the first group; each further group has twice as many.
+            vocab_size: V, number of logits.
         """
         super().__init__()
         self.num_logits = vocab_size
@@ -69,9 +70,9 @@ class _Block(nn.Module):
         inner = out_channels // 4
         sizes = [(in_channels, inner, 3), (inner, inner, 3), (inner, inner, 3), (inner, out_channels, 1)]
         self.res_path = nn.Sequential()
-        for number, size in enumerate(sizes, 1):
-            self.res_path.add_module(f"relu_{number}", nn.ReLU())
-            self.res_path.add_module(f"conv_{number}", _Conv(*size))
+        for index, size in enumerate(sizes, 1):
+            self.res_path.add_module(f"relu_{index}", nn.ReLU())
+            self.res_path.add_module(f"conv_{index}", _Conv(*size))
 
     def forward(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B D h w"]:
         return self.id_path(x) + self.res_path(x) / (GROUPS * BLOCKS_PER_GROUP) ** 2

@@ -57,10 +57,10 @@ def orientation_histograms(
         The cells^2 histograms, cells in row-major order, of each of the rows x columns squares; they are not normalized.
     """
     rows, columns = (side // stride for side in images.shape[2:])
-    before = (cells * cell - stride) // 2
-    after = cells * cell - stride - before
+    pad_before = (cells * cell - stride) // 2
+    pad_after = cells * cell - stride - pad_before
     # One more pixel on each side, for the gradient.
-    padded = F.pad(images, (before + 1, after + 1, before + 1, after + 1), mode="replicate")
+    padded = F.pad(images, (pad_before + 1, pad_after + 1, pad_before + 1, pad_after + 1), mode="replicate")
     dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
     magnitude, channel = torch.hypot(dx, dy).max(1, keepdim=True)

@@ -57,8 +57,8 @@ class TimmFeatures(nn.Module):
         no_norm = isinstance(norm, nn.Identity | None)  # a ResNet has none, a BEiT normalizes the mean of its tokens
         if (no_norm and output != "block") or (output == "projection" and not isinstance(head, nn.Linear)):
             problem = f"teacher '{teacher}' has no {output} that applies to patch tokens"
-            fix = f"give {option('teacher_output', 'block')} or choose another teacher"
-            raise MapetError(f"{problem}: {fix}", field="teacher_output", value=output)
+            hint = f"give {option('teacher_output', 'block')} or choose another teacher"
+            raise MapetError(f"{problem}: {hint}", field="teacher_output", value=output)
         config = timm.data.resolve_model_data_config(self.model)
         self.image_size: tuple[int, int] = teacher_size or tuple(config["input_size"][1:])
         self.metadata = {"prefix_tokens_dropped": getattr(self.model, "num_prefix_tokens", 0)}
@@ -71,6 +71,9 @@ class TimmFeatures(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C h w"]) -> Float[Tensor, "B F rows columns"]:
         """Return the feature map of images in [0, 1].
+
+        Args:
+            images: pixels in [0, 1].
 
         Raises:
             MapetError: the model does not take images of this size.
@@ -85,8 +88,10 @@ class TimmFeatures(nn.Module):
                 output_fmt="NCHW",
             )
         except AssertionError as error:  # timm's check of the image size
-            wrong = f"takes no views of {format_size(images.shape[2:])} px: {error}"
-            raise MapetError(f"teacher '{self.name}' {wrong}; change or omit {option('teacher_image_size')}") from None
+            problem = (
+                f"teacher '{self.name}' takes no views of {format_size(images.shape[2:])} px ({first_line(error)})"
+            )
+            raise MapetError(f"{problem}: change or omit {option('teacher_image_size')}") from None
         if self.output == "projection":
             features = self.model.head(features.movedim(1, -1)).movedim(-1, 1)
         return features
@@ -96,8 +101,13 @@ def _create(teacher: str, checkpoint: str | None, channels: int, size: Size | No
     """Create a timm model with its pre-trained weights, or with those of a local file.
 
     Args:
+        teacher: name of the model.
+        checkpoint: a local weights file; None: timm's pre-trained weights.
         channels: channels of its input.
         size: (h, w) that a model of fixed image size is created for; None: its own.
+
+    Returns:
+        The model, with its classifier.
 
     Raises:
         MapetError: the weights cannot be had or do not fit, or timm offers no intermediate features of the model.
@@ -115,8 +125,11 @@ def _create(teacher: str, checkpoint: str | None, channels: int, size: Size | No
         # The classifier is kept: without it timm loads non-strictly, and a file of another model would pass unnoticed.
         model = timm.create_model(teacher, pretrained=True, **options)
     except Exception as error:  # hub, network, file and shape errors of many types
-        fix = f"is {checkpoint} a checkpoint of it?" if checkpoint else f"give {option('teacher_checkpoint')} FILE"
-        raise MapetError(f"cannot load the weights of teacher '{teacher}': {first_line(error)}; {fix}") from None
+        hint = f"give a checkpoint of this model by {option('teacher_checkpoint')}"
+        source = f" from {checkpoint}" if checkpoint else ""
+        raise MapetError(
+            f"cannot load the weights of teacher '{teacher}'{source} ({first_line(error)}): {hint}"
+        ) from None
     if not hasattr(model, "forward_intermediates"):
         raise MapetError(f"timm gives no intermediate features of teacher '{teacher}': choose another model")
     # A hub model's default size is known only after its creation.

@@ -59,8 +59,8 @@ class Whitened(nn.Module):
             batches: pixels in [0, 1], of `num_images` images in all.
         """
         windows = (self._windows(images).movedim(1, -1).flatten(1, 2) for images in batches)
-        fitted = fit_zca(draw_patches(windows, -(-NUM_FIT_PATCHES // num_images)))
-        self.mean, self.whitening = (tensor.to(self.mean) for tensor in fitted)
+        statistics = fit_zca(draw_patches(windows, -(-NUM_FIT_PATCHES // num_images)))
+        self.mean, self.whitening = (tensor.to(self.mean) for tensor in statistics)
 
     def save(self, folder: Path) -> None:
         """Write mean and whitening into a new folder."""

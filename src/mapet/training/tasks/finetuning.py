@@ -253,5 +253,5 @@ def classify_images(vit: VisionTransformer, data: LabeledSet, compute: ComputeCo
     backbone, labels = BackboneWrapper.from_vit(vit, compute), torch.from_numpy(data.labels)
     batches = backbone.batches(data.images, CacheConfig(batch_size=256, progress=False))
     parts = [(backbone.logits(images).float().cpu(), labels[index]) for index, images in batches]
-    logits, shown = map(torch.cat, zip(*parts, strict=True))
-    return logits, shown
+    logits, classes = map(torch.cat, zip(*parts, strict=True))
+    return logits, classes

@@ -46,6 +46,10 @@ from mapet.training.task import StepOutput, Task
 log = logging.getLogger("mapet")
 MAX_AUTO_BATCH_SIZE, MAX_AUTO_CPU_BATCH_SIZE, MIN_AUTO_BATCH_SIZE = 2048, 256, 16
 """Limits of the automatic batch size: the paper's, where a CPU gets no faster, and the least for small data sets."""
+FUSED_VALUES, EAGER_VALUES = (20, 0), (34, 3)
+"""Values that a block keeps for the backward pass, (of width D per row, per attention score), with a GPU's fused attention and with eager."""
+PROBES_PER_RUN = 5
+"""Probes during a run where `probe_every` is auto."""
 MAX_EPOCH_LINES = 100
 """About as many lines of the log, if a run has more epochs."""
 MIN_STEPS_PER_EPOCH = 20
@@ -84,6 +88,9 @@ def build_model_for(
         channels: of the images.
         vocab_size: number of tokens, outputs of the head for the target 'tokens'.
         feature_size: channels of the teacher's features, outputs of the head for the target 'features'.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
         MapetError: see `build_model`.
@@ -149,7 +156,7 @@ def activation_bytes_per_image(model: ViTForPreTraining, compute: ComputeContext
     docs/performance.md), to which LayerScale adds two.
     """
     vit, rows = model.vit, sum(model.layout().segment_lengths.values())
-    values_per_row, values_per_score = (20, 0) if compute.device.type == "cuda" else (34, 3)
+    values_per_row, values_per_score = FUSED_VALUES if compute.device.type == "cuda" else EAGER_VALUES
     num_scores = vit.blocks[0].attn.num_heads * rows * rows
     per_block = values_per_row * rows * vit.embed_dim + values_per_score * num_scores
     return len(vit.blocks) * compute.dtype.itemsize * per_block
@@ -207,9 +214,9 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         images = list_as_trained(config.images, config, tokenizer.read_options)
         # A token store holds the token ids of one or more views of each image, which `mapet tokenize` has computed.
         store = None if config.tokens is None else TokenStore.open(config.tokens, images, tokenizer.hash)
-        self.bad = dict(store.unreadable) if store else {}
+        self.known_unreadable = dict(store.unreadable) if store else {}
         self.tokenizer, self.model = tokenizer, prepare_for_device(build_model(config, tokenizer), compute)
-        self.indices = np.setdiff1d(np.arange(len(images)), list(self.bad))
+        self.indices = np.setdiff1d(np.arange(len(images)), list(self.known_unreadable))
         # Rank 0's number is used by all: each rank has computed it from the free memory of its own device.
         auto = auto_batch_size(self.model, len(self.indices), compute)
         batch_size = config.batch_size or int(distributed.broadcast(torch.tensor(auto)))
@@ -253,7 +260,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         target = f"from {num_outputs} tokens" if config.target == "tokens" else f"as {config.target}"
         self.description = (
             f"{config.model}, {format_num_params(model.vit)}, {config.objective} on {num_images:,} images of {format_size(image_size)} px, "
-            f"{most}{model.num_hidden} of {model.num_patches} patches predicted {target}"
+            f"{most}{model.num_masked} of {model.num_patches} patches predicted {target}"
         )
         if warning := few_images_warning(num_images):
             log.warning("%s", warning)
@@ -263,7 +270,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
 
     @property
     def product_module(self) -> VisionTransformer:
-        """The backbone."""
+        """Return the backbone."""
         return self.model.vit
 
     def build_model(self) -> VisionTransformer:
@@ -352,7 +359,7 @@ class PretrainingTask(Task[PretrainConfig, VisionTransformer, Path]):
         Returns:
             Accuracies, 0 to 1, by name, e.g. 'probe/knn'; {} in other epochs, or without labeled images.
         """
-        every = self.config.probe_every or max(1, self.config.epochs // 5)
+        every = self.config.probe_every or max(1, self.config.epochs // PROBES_PER_RUN)
         if self.probe_sets is None or (epoch % every and not is_last):
             return {}
         return online_probe(module, *self.probe_sets, self.compute, self.config.layers, self.config.pool)

@@ -27,8 +27,8 @@ from mapet.device import ComputeContext
 from mapet.errors import MapetError, option, shell_command
 from mapet.files import atomic_write, write_json, write_tensors
 from mapet.models.backbone import create_vit, format_num_params, prepare_for_device
+from mapet.tokenizers.fitting import fit_teacher
 from mapet.tokenizers.kmeans import default_vocab_size
-from mapet.tokenizers.stages import fit_teacher
 from mapet.tokenizers.tokenizer import CodebookStats, Teacher, make_teacher
 from mapet.tokenizers.vqkd import DESCRIPTION, FORMAT, VQKDForTraining, VQKDOutput
 from mapet.training.task import StepOutput, Task
@@ -66,7 +66,9 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
         """
         self.compute, images = compute, find_value_range(list_images(config.images, config), config.channels)
         self.teacher = make_teacher(config, compute.precision).to(compute.device)
-        fit_teacher(config, self.teacher, images, UnreadableImages(images, config.max_unreadable), compute)
+        fit_teacher(
+            config, self.teacher, images, UnreadableImages(images, config.max_unreadable, is_option=False), compute
+        )
         spec = ViewSpec.from_config(config, config.image_size, config.seed)
         sizes = config.image_size, self.teacher.image_size
         self.dataset = ViewDataset(images, spec, config.channels, *sizes, seed=config.seed)
@@ -203,6 +205,9 @@ class VQKDTask(Task[TrainTokenizerConfig, VQKDForTraining, Path]):
 
     def finish(self, module: VQKDForTraining) -> Path:
         """Evaluate the trained tokenizer, and save its weights and a JSON description in OUT/vqkd, unless that exists already.
+
+        Args:
+            module: the trained tokenizer, with its decoder.
 
         Returns:
             The weights file OUT/vqkd/vqkd.safetensors, which other commands take as `teacher_checkpoint`.

@@ -20,7 +20,12 @@ class RunFeatures(TimmFeatures):
     def __init__(
         self, teacher: str, channels: int, teacher_size: Size | None, layer: int, output: str, saved: Path | None
     ) -> None:
-        """Load the backbone of the run in the folder `teacher`, or the copy in the folder `saved`; the other arguments are `TimmFeatures`'s.
+        """Load the backbone of the run in the folder `teacher`, or the copy in the folder `saved`.
+
+        Args:
+            teacher: folder of the run.
+            channels, teacher_size, layer, output: see `TimmFeatures`.
+            saved: folder that `save` wrote; None: the backbone is that of the run.
 
         Raises:
             MapetError: the folder has no finished run, or see `TimmFeatures`.

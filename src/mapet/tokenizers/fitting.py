@@ -1,4 +1,4 @@
-"""The stages `fit-tokenizer` and `tokenize`: fit a quantizer to a sample of patch features; write the token ids of all images."""
+"""Fit a tokenizer: a teacher and a quantizer of its features, by k-means, FSQ or LFQ, on a sample of the images."""
 
 import logging
 import math
@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mapet import distributed
 from mapet.config.shared import non_default_options
-from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TokenizeConfig, TrainTokenizerConfig
+from mapet.config.tokenizers import QUANTIZER_OPTIONS, FitTokenizerConfig, TrainTokenizerConfig
 from mapet.data.dataset import (
     Batch,
     UnreadableImages,
@@ -23,14 +22,11 @@ from mapet.data.dataset import (
 )
 from mapet.data.dataset_stats import find_value_range, warn_from_sample, warn_outside_range
 from mapet.data.image_list import ImageList
-from mapet.data.loader import load
-from mapet.data.sources import list_as_trained, list_images
-from mapet.data.token_store import TokenShard, TokenStore
+from mapet.data.sources import list_images
 from mapet.data.views import ViewSpec
 from mapet.device import ComputeContext, free_memory
-from mapet.errors import Interrupted, MapetError, format_size, option, pluralize
-from mapet.files import KMEANS_STATE, MANIFEST, check_same_options, create_output_dir
-from mapet.signals import stop_signals
+from mapet.errors import MapetError, format_size, option, pluralize
+from mapet.files import KMEANS_STATE, check_same_options, create_output_dir
 from mapet.tokenizers.feature_store import FeatureStore, points_per_block
 from mapet.tokenizers.kmeans import KMeans, default_vocab_size
 from mapet.tokenizers.quantizers import FitResult, Quantizer, levels_for, principal_components, project
@@ -45,12 +41,10 @@ from mapet.tokenizers.tokenizer import (
 )
 
 log = logging.getLogger("mapet")
-RECORDED = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
+RECORDED_OPTIONS = {"vocab_size", "quantizer", "patches_per_code", "seed", *QUANTIZER_OPTIONS}
 """Options that are stored with the tokenizer."""
 NUM_FIT_IMAGES = 2_000
 """A teacher that learns from images is fitted to at most so many."""
-NUM_VIEWS = {"center": 1, "center-flip": 2, "random-crop": 8}
-"""Option `views` -> default number of stored views."""
 
 
 def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
@@ -58,9 +52,12 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
 
     All ranks of a process group call it; each computes the features of its part of the sample, rank 0 saves.
 
-    The folder appears at the end, complete. Until then only k-means saves its state, in the hidden file OUT/.kmeans.safetensors, which the
+    The folder appears at the end, complete. Until then only k-means saves its state, in the file OUT/.kmeans.safetensors, which the
     tokenizer's folder replaces. With `config.resume` and the same options, a fit that was stopped computes the features again and resumes at
     the last saved round of k-means; a fit stopped before that restarts, and one that had finished is returned.
+
+    Args:
+        config: options of `mapet fit-tokenizer`.
 
     Returns:
         The tokenizer, with its teacher, on the device of `config`.
@@ -99,7 +96,7 @@ def fit_tokenizer(config: FitTokenizerConfig) -> Tokenizer:
         fit_config = {}
         result = count_tokens(teacher.builtin_quantizer, features)
     else:
-        fit_config = config.model_dump(mode="json", include=RECORDED)
+        fit_config = config.model_dump(mode="json", include=RECORDED_OPTIONS)
         # By default half of the free memory; a CPU's is divided among the ranks, a GPU belongs to one rank.
         divisor = 2 if compute.device.type == "cuda" else 2 * distributed.world_size()
         memory = int(config.memory_gb * 1e9) if config.memory_gb else free_memory(compute.device) // divisor
@@ -125,13 +122,12 @@ def _load_finished(config: FitTokenizerConfig) -> Tokenizer:
     tokenizer = load_tokenizer(config.out)
     recorded = tokenizer.description["teacher"] | tokenizer.description["fit_config"]
     values = config.model_dump(mode="json")
-    now = {key: values[name] for key, name in SETTINGS.items()} | {name: values[name] for name in RECORDED}
-    now |= {"images_hash": list_images(config.images).hash}
-    now["teacher"] = (
-        config.teacher[0] if len(config.teacher) == 1 else [*config.teacher]
-    )  # as `make_teacher` records it
-    now = {key: value for key, value in now.items() if key in recorded and value is not None}
-    check_same_options(config.out, {key: recorded[key] for key in now}, now)
+    current = {key: values[name] for key, name in SETTINGS.items()} | {name: values[name] for name in RECORDED_OPTIONS}
+    current |= {"images_hash": list_images(config.images).hash}
+    # as `make_teacher` records it
+    current["teacher"] = config.teacher[0] if len(config.teacher) == 1 else [*config.teacher]
+    current = {key: value for key, value in current.items() if key in recorded and value is not None}
+    check_same_options(config.out, {key: recorded[key] for key in current}, current)
     log.info("%s is finished", config.out)
     return tokenizer
 
@@ -224,6 +220,7 @@ def _choose_codes(config: FitTokenizerConfig, teacher: Teacher, num_patches: int
     Args:
         config: `vocab_size`, `quantizer` and `fsq_levels` are used; with a built-in codebook no option of quantizers may be given.
         num_patches: of all images; the default V depends on it.
+        teacher: its built-in codebook, if it has one, gives V.
 
     Raises:
         MapetError: options for a codebook, but the teacher has one built in; or `vocab_size` is too small for FSQ, or no power of two
@@ -272,7 +269,9 @@ def _local_sample(
     sample = np.random.default_rng(config.seed).permutation(num_images)[:sample_size].tolist()
     rank, world_size = distributed.rank(), distributed.world_size()
     if len(sample) < world_size:
-        raise MapetError(f"{world_size} processes for {len(sample)} images: start fewer processes")
+        raise MapetError(
+            f"{world_size} processes for a sample of {pluralize(len(sample), 'image')}: start fewer processes or give more images"
+        )
     first, last = len(sample) * rank // world_size, len(sample) * (rank + 1) // world_size
     return sample[first:last], min(max_patches, last * patches_per_image) - first * patches_per_image
 
@@ -347,106 +346,3 @@ def _warn_if_interpolated(teacher: Teacher) -> None:
         hint = f": {option('teacher_image_size', *map(int, sizes))} would avoid it, if the teacher takes that size"
     grids = format_size(teacher.native_grid), format_size(teacher.grid)
     log.warning("the teacher's grid of %s is interpolated to the student's %s%s", *grids, hint)
-
-
-def tokenize(config: TokenizeConfig) -> TokenStore:
-    """Write the token ids of every image into `config.out`, a new token store or one that was interrupted, and return it.
-
-    All ranks of a process group call it. A store has shards, files of consecutive images; each rank writes some of the unfinished ones. A
-    shard records how many of its rows are written, also on a signal or an error: with `config.resume` the next call resumes after them.
-
-    Returns:
-        The complete store, opened for reading. Unreadable images have a row of zeros and are listed in `store.unreadable`.
-
-    Raises:
-        Interrupted: one of `signals.STOP_SIGNALS` (Ctrl-C, kill, ...) stopped it after a batch; what was written is saved.
-        MapetError: `config.out` is not empty and not to be resumed; the store is of other images, another tokenizer or other views; the
-            tokenizer cannot be loaded (see `load_tokenizer`); too many images are unreadable; a feature is NaN or infinite.
-    """
-    compute = ComputeContext.from_options(config.device, "float32")  # the teacher has the precision it was fitted with
-    tokenizer = load_tokenizer(config.tokenizer).to(compute.device)
-    images = list_as_trained(config.images, config, tokenizer.read_options)
-    teacher = tokenizer.teacher
-    assert teacher is not None  # `load_tokenizer` makes it by default
-    if distributed.rank() == 0:
-        warn_outside_range(images, teacher.settings["channels"])
-    store = _open_store(config, images, tokenizer)
-    dataset = ViewDataset(images, store.view_spec, teacher.settings["channels"], teacher_size=teacher.image_size)
-    unreadable = UnreadableImages(images, config.max_unreadable, dict(store.unreadable))  # an earlier call's count, too
-    work = _unfinished_batches(store, max(1, inference_batch_size(teacher.image_size) // store.num_views))
-    # All views of an image are in one batch.
-    batches = [[(view, row) for row in rows for view in range(store.num_views)] for _, rows in work]
-    rank, world_size = distributed.rank(), distributed.world_size()
-    title = f"tokenize (rank {rank} of {world_size})" if world_size > 1 else "tokenize"
-    hidden = None if work else True  # None: shown on a terminal
-    with (
-        stop_signals("saving after this batch") as stop,
-        tqdm(total=sum(len(rows) for _, rows in work), desc=title, unit="img", disable=hidden) as bar,
-    ):
-        shard = work[0][0] if work else None
-        try:
-            for (shard, rows), batch in zip(work, load(dataset.batch, batches), strict=True):
-                unreadable.add(batch.unreadable)
-                tokens = torch.zeros(len(rows), store.num_views, math.prod(store.grid), dtype=torch.int64)
-                if len(batch):  # without the unreadable images, whose ids stay 0
-                    ids = tokenizer.quantize(teacher.batch_features(batch, images, compute)).flatten(1).cpu()
-                    for index in batch.image_index.unique():
-                        tokens[index - rows.start] = ids[batch.image_index == index]
-                shard.write(tokens.numpy(), dict(batch.unreadable))
-                bar.update(len(rows))
-                if stop.signal_name:
-                    raise Interrupted(f"stopped by {stop.signal_name}, saved")
-        finally:  # also after an error
-            if shard is not None and 0 < shard.num_done < shard.count:
-                shard.save_progress()
-    distributed.barrier()
-    store = TokenStore.open(config.out, images, tokenizer.hash)
-    UnreadableImages(images, config.max_unreadable).add([*store.unreadable.items()], quiet=True)  # those of all ranks
-    log.info(
-        "tokens of %s x %s in %s (%d unreadable, excluded)",
-        pluralize(len(images) - len(store.unreadable), "image"), pluralize(store.num_views, "view"), config.out, len(store.unreadable),
-    )  # fmt: skip
-    return store
-
-
-def _open_store(config: TokenizeConfig, images: ImageList, tokenizer: Tokenizer) -> TokenStore:
-    """Open the token store `config.out` for writing; rank 0 creates it first, unless `config.resume` and it exists.
-
-    Args:
-        config: `out`, `resume`, `seed`, `views` and `num_views` (None: the default of `views`) are used.
-        images: the store has a row for each, and records their hash.
-        tokenizer: gives the hash, V, grid and view size that the store records.
-
-    Raises:
-        MapetError: the folder is not empty and not to be resumed, or the store is of other images, another tokenizer or other views.
-    """
-    size, num_views = tokenizer.student_size, config.num_views or NUM_VIEWS[config.views]
-    spec = ViewSpec.from_config(config, size, config.seed)
-    if distributed.rank() == 0 and not (config.resume and (config.out / MANIFEST).exists()):
-        create_output_dir(config.out)
-        TokenStore.create(config.out, images, tokenizer.hash, tokenizer.vocab_size, tokenizer.grid, spec, num_views)
-    distributed.barrier()  # the store exists
-    store = TokenStore.open(config.out, images, tokenizer.hash, writable=True)
-    if (store.view_spec, store.num_views) != (spec, num_views):
-        raise MapetError(
-            f"{config.out} was begun with {store.num_views} views {store.view_spec.model_dump()}, but now the options ask for "
-            f"{num_views} views {spec.model_dump()}: use the same options or a new {option('out')}"
-        )
-    distributed.barrier()  # every rank has checked before one writes
-    return store
-
-
-def _unfinished_batches(store: TokenStore, batch_size: int) -> list[tuple[TokenShard, range]]:
-    """Return the batches that this rank has to write, as (shard, rows of the store); every world_size-th unfinished shard is its own.
-
-    Batches are in order of rows, begin after the rows that a shard has already, and never span two shards.
-
-    Args:
-        batch_size: rows of a batch; the last one of a shard may have fewer.
-    """
-    shards = [shard for shard in store.shards if not shard.is_done][distributed.rank() :: distributed.world_size()]
-    return [
-        (shard, range(start, min(start + batch_size, shard.first + shard.count)))
-        for shard in shards
-        for start in range(shard.first + shard.num_done, shard.first + shard.count, batch_size)
-    ]
