@@ -1,9 +1,10 @@
 """Is a pre-trained ViT ahead of features that need no pre-training? Linear probe and k-NN, on several sets.
 
-    python -m benchmarks controls --data FOLDER --out runs/pooling
+    python -m benchmarks controls --data FOLDER --out runs/objectives
 
-The backbones are those of `python -m benchmarks pooling` with the same `--out`, and are trained if they are not there. `mapet evaluate`
-measures them and all controls, with each pooling of `--pools`. What is done in `--out` is not done again.
+The backbones are those of `python -m benchmarks pooling`, the long runs of `python -m benchmarks objectives` with the same `--out`, and are
+trained if they are not there. `mapet evaluate` measures them and all controls, with each pooling of `--pools`: linear probe, k-NN, and the
+linear probe of 5 labels a class. What is done in `--out` is not done again.
 """
 
 import argparse
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import mapet
-from benchmarks.core import Result, Row, cached
-from benchmarks.pooling import PROBES, SETS, image_sets, pretrain
+from benchmarks.core import Result, Row, cached, save
+from benchmarks.objectives import SETS, long_runs
+from benchmarks.pooling import PROBES
 from benchmarks.tables import Table
 from mapet.run_state import RunState
+
+MEASURED = (*PROBES, "few_shot_5")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,16 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    rows = []
-    for name, spec, train, test in image_sets(args):
-        run_folder = args.out / f"run {name}"
-        pretrain(spec, train, run_folder)
+    result = Result([], f"{', '.join(args.sets)}; tokens of HOG and whitened windows")
+    for name, pretrained, train, test in long_runs(args.data, args.sets, args.out):
         for pool in args.pools:
             out = args.out / f"controls {name} {pool}"
             images = {"images": train, "test_images": test}
-            found = cached(out.with_suffix(".json"), partial(measure, run_folder / "pretrain", pool, images, out))
-            rows += [{"set": name, "pool": pool, **row} for row in found]
-    return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}; tokens of the `pixels` teacher")
+            found = cached(out.with_suffix(".json"), partial(measure, pretrained, pool, images, out))
+            result.rows += [{"set": name, "pool": pool, **row} for row in found]
+            save(args.json, args.name, result)
+    return result
 
 
 def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> list[Row]:
@@ -47,13 +50,15 @@ def measure(pretrained: Path, pool: str, images: dict[str, Path], out: Path) -> 
         interval ('_low', '_high') and what it selected.
     """
     shutil.rmtree(out, ignore_errors=True)  # of an evaluation that was stopped
-    mapet.evaluate(backbone=[str(pretrained)], protocols=list(PROBES), pool=pool, out=out, **images)
+    mapet.evaluate(
+        backbone=[str(pretrained)], protocols=["logistic", "knn", "few-shot"], few_shot=[5], num_seeds=10, pool=pool, out=out, **images
+    )  # fmt: skip
     results: dict[str, Any] = RunState.read(out).results
     rows: list[Row] = []
     for source, by_protocol in (results["backbones"] | results["controls"]).items():
         row: Row = {"features": "pre-trained" if source == str(pretrained) else title(source, pretrained)}
-        for probe in PROBES:
-            metrics = by_protocol[probe]["metrics"]
+        metrics = {name: metric for protocol in by_protocol.values() for name, metric in protocol["metrics"].items()}
+        for probe in MEASURED:
             metric = metrics.get(f"{probe}_balanced_accuracy", metrics[probe])
             row |= {probe: metric["value"], f"{probe}_low": metric["ci_low"], f"{probe}_high": metric["ci_high"]}
             row[f"{probe}_selected"] = metric["selected"]
@@ -67,16 +72,16 @@ def title(control: str, pretrained: Path) -> str:
 
 
 def by_features(rows: list[Row], pool: str) -> list[Row]:
-    """Return a row for each kind of features by one pooling, sets side by side: linear probe / k-NN, the best of each in bold."""
+    """Return a row for each kind of features by one pooling, sets side by side: the value of each probe, the best of each in bold."""
     rows = [row for row in rows if row["pool"] == pool]
     best = {
-        (row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in PROBES
+        (row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in MEASURED
     }
     pivot: dict[str, Row] = {}
     for row in rows:
         cells = [
             f"**{row[probe]:.3f}**" if row[probe] == best[row["set"], probe] else f"{row[probe]:.3f}"
-            for probe in PROBES
+            for probe in MEASURED
         ]
         pivot.setdefault(row["features"], {"features": row["features"]})[row["set"]] = " / ".join(cells)
     return list(pivot.values())
@@ -85,7 +90,7 @@ def by_features(rows: list[Row], pool: str) -> list[Row]:
 SMOKE = ["--out", "{scratch}", "--pools", "mean"]
 TABLES = {
     name: Table(
-        {"linear probe / k-NN": "{features}", **{each: f"{{{each}}}" for each in SETS}},
+        {"linear probe / k-NN / 5 labels a class": "{features}", **{each: f"{{{each}}}" for each in SETS}},
         rows=partial(by_features, pool=pool),
     )
     for name, pool in (("main", "2x2"), ("mean", "mean"))

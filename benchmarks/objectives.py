@@ -12,6 +12,7 @@ import argparse
 import math
 import shutil
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from scipy import stats
 
 import mapet
 from benchmarks.core import Result, Row, cached, save
-from benchmarks.data import first_of_each_class, unpack
+from benchmarks.data import cifar10, first_of_each_class, unpack
 from benchmarks.tables import Table
 from mapet.run_state import RunState
 
@@ -43,7 +44,7 @@ class ImageSet:
     """Images and how small ViTs learn from them.
 
     Attributes:
-        archive: a zip in the folder `--data`.
+        archive: a zip in the folder `--data`; '' stands for digits of 32 px.
         per_class: the first training images of each class are used, this many; None: all.
         sizes: options of `fit-tokenizer`.
         views: of pre-training, tokens computed online unless they are 'center'.
@@ -77,6 +78,11 @@ SETS = {
         {"model_args": {"embed_dim": 96, "depth": 4, "num_heads": 3}, "batch_size": 64}, 12,
     ),
 }  # fmt: skip
+DIGITS = ImageSet(
+    "", 20, {"image_size": 32, "patch_size": 8, "vocab_size": 16}, "center",
+    {"model_args": {"embed_dim": 96, "depth": 4, "num_heads": 3}, "batch_size": 32}, 1,
+)  # fmt: skip
+"""Of trials without `--data`."""
 OPTIONS: Row = {"lr": 1.5e-3, "layer_scale_init": None, "drop_path": 0.0, "mask_ratio": 0.75, "probe_every": 0}
 COST = {"mim": 1.0, "pim": 1.35, "mapet": 2.0}
 """Seconds of an epoch relative to MIM, estimated from the first runs."""
@@ -151,6 +157,11 @@ GROUPS: dict[str, list[Run]] = {
     "NEU": in_turn(*(seeds(Run("NEU", "hog+whitened", name, epochs, 0), 3) for epochs in (40, 160) for name in NAMES)),
 }  # fmt: skip
 """Group -> its runs, in the order in which they are made. A run of two groups is made once."""
+LONG = {
+    name: Run(name, "hog+whitened", "pim", epochs, 0)
+    for name, epochs in {"CIFAR-10": 20, "EuroSAT": 50, "NEU": 80, "pneumonia": 30}.items()
+}
+"""Set -> the pre-training whose backbone is compared with controls, and at several poolings: 8 to 15 minutes of one thread."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +192,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def make(run: Run, data: Path, out: Path) -> Row:
-    """Fit the tokenizer if it is not there, pre-train, and score the frozen features.
+    """Pre-train, and score the frozen features.
 
     Returns:
         What was run; seconds of pre-training, images seen per second and FLOPs; for each pooling and probe the accuracy, balanced where
@@ -191,13 +202,8 @@ def make(run: Run, data: Path, out: Path) -> Row:
     train, test = (image_list(spec, data, out, part) for part in ("train", "test"))
     seen = {"run": run.name, "set": run.images, "tokenizer": run.tokenizer, "objective": run.objective or "untrained",
             "epochs": run.epochs, "variant": run.variant, "seed": run.seed}  # fmt: skip
-    trained = folder / run.name
     if run.objective:
-        options = fit_and_tokenize(spec, run.tokenizer, train, folder)
-        options |= (
-            OPTIONS | spec.pretrain | {"objective": run.objective, "epochs": run.epochs, "seed": run.seed} | run.changes
-        )
-        mapet.pretrain(images=train, out=trained, resume=(trained / "config.yaml").exists(), **options)
+        trained = pretrain(run, spec, train, folder)
         state = RunState.read(trained)
         seen |= {"seconds": state.seconds, "precision": state.device, "steps": state.counts["steps"]}
         source = str(trained)
@@ -211,9 +217,39 @@ def make(run: Run, data: Path, out: Path) -> Row:
     return seen
 
 
-def image_list(spec: ImageSet, data: Path, out: Path, part: str) -> Path:
+def pretrain(run: Run, spec: ImageSet, images: Path, folder: Path) -> Path:
+    """Fit the tokenizer and pre-train in `folder`, where what is finished is not done again; return the run's folder."""
+    trained = folder / run.name
+    if not (trained / "backbone").exists():
+        options = fit_and_tokenize(spec, run.tokenizer, images, folder)
+        options |= (
+            OPTIONS | spec.pretrain | {"objective": run.objective, "epochs": run.epochs, "seed": run.seed} | run.changes
+        )
+        mapet.pretrain(images=images, out=trained, resume=(trained / "config.yaml").exists(), **options)
+    return trained
+
+
+def long_runs(data: Path | None, sets: list[str], out: Path) -> Iterator[tuple[str, Path, Path, Path]]:
+    """Yield (set, the folder of its run of `LONG`, training images, test images), pre-trained if it is not there.
+
+    Args:
+        data: folder of the archives; None: digits, whatever the sets.
+        sets: names of `SETS`.
+        out: as of the benchmark `objectives`, which shares its runs.
+    """
+    specs = (
+        {name: (SETS[name], LONG[name]) for name in sets}
+        if data
+        else {"digits": (DIGITS, Run("digits", "hog", "mim", 1, 0))}
+    )
+    for name, (spec, run) in specs.items():
+        train, test = (image_list(spec, data, out, part) for part in ("train", "test"))
+        yield name, pretrain(run, spec, train, out / name), train, test
+
+
+def image_list(spec: ImageSet, data: Path | None, out: Path, part: str) -> Path:
     """Return training or test images of a set: a folder of class folders, or the text file of the first images of each class."""
-    folder = unpack(data / spec.archive, out / "images") / part
+    folder = (unpack(data / spec.archive, out / "images") if data else cifar10(None, out)) / part
     return first_of_each_class(folder, spec.per_class) if spec.per_class and part == "train" else folder
 
 

@@ -1,27 +1,24 @@
 """Pooling and layers: which features of one backbone do linear probe and k-NN prefer, on several sets?
 
-    python -m benchmarks pooling --data FOLDER --out runs/pooling
+    python -m benchmarks pooling --data FOLDER --out runs/objectives
 
-On each set, of the archives in FOLDER, a small ViT is pre-trained on its training images without labels (MaPeT on tokens of the
-`pixels` teacher, for a few minutes of one core); then the probes of `mapet evaluate` measure it with every `--pool`, on the last
-layer and on three evenly spaced ones. What is done in `--out` is not done again.
+The backbones are the long runs of `python -m benchmarks objectives` with the same `--out` (PIM on tokens of HOG and whitened windows, 8 to
+15 minutes of one core a set), and are trained if they are not there. The probes of `mapet evaluate` measure them with every `--pool`, on
+the last layer and on three evenly spaced ones. What is done in `--out` is not done again.
 """
 
 import argparse
 import statistics
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-import mapet
 from benchmarks.core import Result, Row, cached
-from benchmarks.data import cifar10, first_of_each_class, unpack
+from benchmarks.objectives import SETS, long_runs
 from benchmarks.tables import Table
 from mapet.config.shared import Pool
 from mapet.device import ComputeContext
@@ -36,35 +33,6 @@ POOLS: tuple[Pool, ...] = ("mean", "cls", "2x2", "3x3")
 LAYERS = {"last": (-1,), "three": (1, 2, 3)}
 """Of 4 blocks, three evenly spaced ones: 4/3, 8/3 and 4, counted from 1, rounded up."""
 PROBES = ("logistic", "knn")
-WIDTH, DEPTH, HEADS = 96, 4, 3
-
-
-class ImageSet(NamedTuple):
-    """Images, how the ViT sees them, and how long it learns.
-
-    Attributes:
-        archive: a zip in the folder `--data`; '' stands for digits of 32 px.
-        per_class: the first training images of each class are used, this many, and two fifths as many test images; None: all.
-        image_size, patch_size: pixels.
-        channels: of the input.
-        epochs: of pre-training.
-    """
-
-    archive: str
-    per_class: int | None
-    image_size: int
-    patch_size: int
-    channels: int
-    epochs: int
-
-
-SETS = {
-    "CIFAR-10": ImageSet("cifar10.zip", 500, 32, 4, 3, 2),
-    "EuroSAT": ImageSet("eurosat-mini.zip", None, 64, 8, 3, 6),
-    "NEU": ImageSet("neu.zip", None, 64, 8, 1, 10),
-    "pneumonia": ImageSet("pneumonia.zip", 1000, 28, 4, 1, 5),
-}
-DIGITS = {"digits": ImageSet("", 20, 32, 8, 3, 1)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,36 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Result:
     rows = []
-    for name, spec, train, test in image_sets(args):
-        backbone = pretrain(spec, train, args.out / f"run {name}")
-        found = cached(args.out / f"{name}.json", partial(measure, backbone, train, test))
+    for name, pretrained, train, test in long_runs(args.data, args.sets, args.out):
+        found = cached(args.out / f"pooling {name}.json", partial(measure, pretrained / "backbone", train, test))
         rows += [{"set": name, **row} for row in found]
-    return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}, tokens of the `pixels` teacher")
-
-
-def image_sets(args: argparse.Namespace) -> Iterator[tuple[str, ImageSet, Path, Path]]:
-    """Yield (name, settings, training images, test images) of the chosen sets, unpacked into `--out`."""
-    for name, spec in ({name: SETS[name] for name in args.sets} if args.data else DIGITS).items():
-        folder = unpack(args.data / spec.archive, args.out) if args.data else cifar10(None, args.out)
-        counts = {"train": spec.per_class, "test": spec.per_class and spec.per_class * 2 // 5}
-        train, test = (first_of_each_class(folder / part, n) if n else folder / part for part, n in counts.items())
-        yield name, spec, train, test
-
-
-def pretrain(spec: ImageSet, images: Path, out: Path) -> Path:
-    """Pre-train in `out`, where what is finished is not done again; return the folder of the backbone."""
-    tokenizer, tokens, trained = out / "tokenizer", out / "tokens", out / "pretrain"
-    if not tokenizer.exists():
-        sizes = {"image_size": spec.image_size, "patch_size": spec.patch_size, "channels": spec.channels}
-        mapet.fit_tokenizer(images=images, out=tokenizer, vocab_size=512, **sizes)
-    if not (trained / "backbone").exists():
-        mapet.tokenize(images=images, tokenizer=tokenizer, out=tokens, resume=tokens.exists())
-        mapet.pretrain(
-            images=images, tokenizer=tokenizer, tokens=tokens, out=trained, resume=(trained / "config.yaml").exists(),
-            model_args={"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}, layer_scale_init=None, drop_path=0.0,
-            epochs=spec.epochs, batch_size=32, lr=1e-3, probe_every=0,
-        )  # fmt: skip
-    return trained / "backbone"
+    return Result(rows, f"{', '.join(dict.fromkeys(row['set'] for row in rows))}, tokens of HOG and whitened windows")
 
 
 @torch.inference_mode()
