@@ -71,17 +71,17 @@ def title(control: str, pretrained: Path) -> str:
     return "untrained" if control.startswith("random:") else control.removesuffix(f" of {pretrained}")
 
 
-def by_features(rows: list[Row], pool: str) -> list[Row]:
+def by_features(rows: list[Row], pool: str, probes: tuple[str, ...] = MEASURED) -> list[Row]:
     """Return a row for each kind of features by one pooling, sets side by side: the value of each probe, the best of each in bold."""
     rows = [row for row in rows if row["pool"] == pool]
     best = {
-        (row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in MEASURED
+        (row["set"], probe): max(r[probe] for r in rows if r["set"] == row["set"]) for row in rows for probe in probes
     }
     pivot: dict[str, Row] = {}
     for row in rows:
         cells = [
             f"**{row[probe]:.3f}**" if row[probe] == best[row["set"], probe] else f"{row[probe]:.3f}"
-            for probe in MEASURED
+            for probe in probes
         ]
         pivot.setdefault(row["features"], {"features": row["features"]})[row["set"]] = " / ".join(cells)
     return list(pivot.values())
@@ -89,9 +89,10 @@ def by_features(rows: list[Row], pool: str) -> list[Row]:
 
 SMOKE = ["--out", "{scratch}", "--pools", "mean"]
 TABLES = {
-    name: Table(
-        {"linear probe / k-NN / 5 labels a class": "{features}", **{each: f"{{{each}}}" for each in SETS}},
-        rows=partial(by_features, pool=pool),
+    name: Table({title: "{features}", **{each: f"{{{each}}}" for each in SETS}}, rows=partial(by_features, pool=pool, probes=probes))
+    for name, title, pool, probes in (
+        ("main", "linear probe / k-NN / 5 labels a class", "2x2", MEASURED),
+        ("mean", "linear probe / k-NN / 5 labels a class", "mean", MEASURED),
+        ("linear", "linear probe", "2x2", ("logistic",)),
     )
-    for name, pool in (("main", "2x2"), ("mean", "mean"))
-}
+}  # fmt: skip

@@ -12,7 +12,7 @@ from mapet.config.base import Config, iter_options
 from tests.refused import refused
 
 HIDDEN = ("debug-step",)
-MAX_OPTIONS = 312
+MAX_OPTIONS = 317
 
 
 class AddConfig(Config):

@@ -191,7 +191,7 @@ def test_resuming_keeps_the_files_of_a_folder_that_is_not_its_own(vit_folder, cr
 def test_numbers_that_are_none_are_not_written(vit_folder, crops, tmp_path):
     vit = load_backbone(vit_folder)
     options = {"images": crops, "out": tmp_path / "out", "dtype": "float16"} | COMMON
-    for value, message in ((1e6, "dtype float32"), (torch.nan, "NaN")):
+    for value, message in ((1e6, "dtype='float32'"), (torch.nan, "NaN")):
         with torch.no_grad():
             vit.norm.bias.fill_(value)
         save_backbone(vit, tmp_path / str(value))

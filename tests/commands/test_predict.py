@@ -72,7 +72,7 @@ def test_labels_and_probabilities_are_the_model_s(suffix, tuned, digits, tmp_pat
 def test_two_processes_do_not_write_one_file(tuned, digits, tmp_path):
     folder = tmp_path / ".a.csv.partial"
     folder.mkdir()
-    holder = Holder.of_this_process()._replace(host="elsewhere")
+    holder = Holder.from_this_process()._replace(host="elsewhere")
     (folder / LOCK_FILE).write_text(json.dumps(holder))
     options = {"backbone": tuned, "images": digits / "test", "out": tmp_path / "a.csv"} | CPU
     with refused("elsewhere", "take_over"):

@@ -147,7 +147,7 @@ def test_the_teacher_s_teacher_is_recorded(few_digits, tmp_path):
         (
             {"model_args": {"embed_dim": 64, "depth": 1, "num_heads": 4}},
             ["4 heads", "num_heads=1", "embed_dim=64"],
-            None,
+            "model_args",
         ),
         ({"model": "resnet18"}, ["'resnet18'"], None),
         ({"teacher_output": "norm"}, ["'pixels'", "teacher_output"], None),

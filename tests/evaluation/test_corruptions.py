@@ -300,10 +300,10 @@ def test_draws_depend_on_the_image_alone(kind, crops):
         return ViewDataset(listed, ViewSpec(image_size=(32, 32)), image_size=(32, 32), augment=augment)
 
     corruption = Corruption(kind, 3)
-    whole = dataset(images, corruption)[[(0, 4), (0, 7)]].images
-    alone = dataset(images.subset([4, 7]), corruption)[[(0, 1)]].images
+    whole = dataset(images, corruption).batch([(0, 4), (0, 7)]).images
+    alone = dataset(images.subset([4, 7]), corruption).batch([(0, 1)]).images
     assert torch.equal(whole[1], alone[0])
-    difference = (whole.float() - dataset(images, None)[[(0, 4), (0, 7)]].images.float()) / 255
+    difference = (whole.float() - dataset(images, None).batch([(0, 4), (0, 7)]).images.float()) / 255
     assert abs(float(torch.corrcoef(difference.flatten(1))[0, 1])) < 0.1
 
 

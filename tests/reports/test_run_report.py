@@ -56,7 +56,7 @@ def record(step, **figures):
 def write_state(folder: Path, command: str = "pretrain", **facts) -> None:
     """run.json of a run that was stopped, resumed, and is running."""
     state = RunState(
-        command=command, argv=["mapet", command, "--resume"], device="cpu, float32", seconds=150, resumes=1
+        command=command, argv=["mapet", command, "--resume"], device="cpu, float32", seconds=120, resumes=1
     )
     state = state.model_copy(
         update={"counts": {"images": 1437, "warnings": 1}, "warnings": ["unreadable image 'a.png'"]} | facts

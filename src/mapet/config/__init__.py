@@ -1,1 +1,1 @@
-"""Options of every command: one pydantic class a command, by family, without torch, below everything that uses them."""
+"""Options of every command: one pydantic class per command, without torch; every other package may import it."""

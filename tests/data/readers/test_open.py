@@ -57,7 +57,7 @@ def test_a_deep_ppm_is_refused(tmp_path):
 def test_arrays(tmp_path):
     array = values("uint16", 13)
     np.save(tmp_path / "a.npy", array)
-    assert "(13, 12, 16)" in (text := decode_error(tmp_path / "a.npy", 13)) and "moveaxis" in text
+    assert "13 x 12 x 16" in (text := decode_error(tmp_path / "a.npy", 13)) and "moveaxis" in text
     np.save(tmp_path / "a.npy", np.asfortranarray(array.transpose(1, 2, 0)))
     assert np.abs(read(tmp_path / "a.npy", 13, value_range=(0, 4095)) - map_to_8_bits(array, (0, 4095))).max() <= 1
     chosen = read(tmp_path / "a.npy", 2, value_range=(0, 4095), bands=(9, 2))

@@ -275,7 +275,7 @@ def test_an_unfinished_fine_tuning_says_how_to_resume(vit, grays, tmp_path, monk
         interrupt(patch, 2)
         with pytest.raises(Interrupted):
             tune(vit, grays, tmp_path / "out", **ALL_THAT_IS_DRAWN)
-    for argv in (["export"], ["evaluate", "--images", str(grays)]):
+    for argv in (["export"], ["evaluate", "--images", str(grays), "--test-images", str(grays)]):
         hint = f"mapet finetune {tmp_path / 'out' / 'config.yaml'} --resume"
         fails(capsys, *argv, "--backbone", tmp_path / "out", "--out", tmp_path / "x", named=[hint])
     fails(capsys, "finetune", "--backbone", vit, "--images", grays, "--resume", named=["--out"])
