@@ -2,9 +2,9 @@
 
     python -m benchmarks pooling --data FOLDER --out runs/objectives
 
-The backbones are the long runs of `python -m benchmarks objectives` with the same `--out` (PIM on tokens of HOG and whitened windows, 8 to
-15 minutes of one core a set), and are trained if they are not there. The probes of `mapet evaluate` measure them with every `--pool`, on
-the last layer and on three evenly spaced ones. What is done in `--out` is not done again.
+The backbones are the long runs of `python -m benchmarks objectives` with the same `--out` (PIM on tokens of HOG and whitened windows, 21 to
+40 minutes of one thread on a busy machine), and are trained if they are not there. The probes of `mapet evaluate` measure them with every
+`--pool`, on the last layer and on three evenly spaced ones. What is done in `--out` is not done again.
 """
 
 import argparse
