@@ -42,6 +42,12 @@ def two_threads() -> None:
     torch.set_num_threads(2)
 
 
+@pytest.fixture
+def one_thread(two_threads: None) -> None:
+    """Compute on one thread: small matrix products are slower on two, and 50 times so on a busy machine."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def photos() -> list[np.ndarray]:
     """scikit-learn's sample photographs, (427, 640, 3) uint8."""

@@ -472,28 +472,9 @@ def test_a_run_that_is_not_finished(capsys, run_dir, digits, tmp_path):
 
 def test_labels_that_are_not_there(capsys, crops, run_dir, digits):
     fails(capsys, "evaluate", "--protocols", "knn", "--backbone", run_dir, "--images", crops, named=[f"{crops}"])
-    fails(
-        capsys,
-        "evaluate",
-        "--protocols",
-        "knn",
-        "--backbone",
-        crops,
-        "--images",
-        digits / "train",
-        named=[f"{crops}", "config.json"],
-    )
-    fails(
-        capsys,
-        "evaluate",
-        "--protocols",
-        "knn",
-        "--backbone",
-        crops / "nope",
-        "--images",
-        digits / "train",
-        named=["nope"],
-    )
+    for backbone, named in ((crops, [f"{crops}", "config.json"]), (crops / "nope", ["nope"])):
+        argv = ["evaluate", "--protocols", "knn", "--backbone", backbone, "--images", digits / "train"]
+        fails(capsys, *argv, named=named)
     fails(capsys, "report", crops / "nope", "--out", crops / "r.html", named=["nope", "`mapet run`"])
     fails(
         capsys,

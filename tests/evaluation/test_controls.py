@@ -28,9 +28,7 @@ from tests.refused import refused
 CPU = ComputeContext(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_images(*shape, seed=0):

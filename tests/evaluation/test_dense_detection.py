@@ -25,9 +25,7 @@ from tests.refused import refused
 QUICK = {"device": "cpu", "precision": "float32"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,7 @@ from mapet.models.backbone import create_vit, save_backbone
 from tests.conftest import TINY
 from tests.refused import fails, refused
 
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,7 @@ IMAGENET = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 HALF, ODD, NONE = ((0.5,) * 3, (0.5,) * 3), ((0.5, 0.4, 0.3), (0.5, 0.6, 0.2)), ((0.0,) * 3, (1.0,) * 3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def original(size=(32, 32), channels=3, **more):

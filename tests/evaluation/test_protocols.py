@@ -41,10 +41,7 @@ from tests.conftest import TINY
 CPU = ComputeContext(torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    """Products this small are slower on two threads, and 50 times so on a machine that is busy."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_wilson_interval_of_published_numbers():

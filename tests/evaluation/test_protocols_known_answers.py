@@ -26,9 +26,7 @@ LABELS = ("logistic", "knn", "linear-sgd", "attentive", "few-shot")
 QUICK = {"linear_epochs": 30, "num_seeds": 2, "few_shot": (1, 0.25)}
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Colors(nn.Module):
